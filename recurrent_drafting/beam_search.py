@@ -1,0 +1,87 @@
+"""Beam search with the drafter: propose continuations of the root at every depth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recurrent_drafting.config import BeamConfig
+from recurrent_drafting.draft_tree import Beams
+from recurrent_drafting.drafter import Drafter
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """What coupled drafting knows of the draws to come.
+
+    Args:
+        noise: Gumbel noise of the drafted positions over the draft vocabulary, ``[B, L, V_d]``.
+        warp: the request's own temperature and filters, as a function of logits ``[R, V_d]``.
+        temperature: allowance s for the drafter's own error.
+    """
+
+    noise: Tensor
+    warp: Callable[[Tensor], Tensor]
+    temperature: float
+
+
+def draft(
+    drafter: Drafter,
+    context: Tensor,
+    root: Tensor,
+    embed: Callable[[Tensor], Tensor],
+    beam: BeamConfig,
+    coupling: Coupling | None = None,
+) -> Beams:
+    """Keep the W most likely continuations at each of L depths.
+
+    Uncoupled, a path scores the sum of the drafter's log-probabilities. Coupled, each depth scores
+    ``log softmax((log q + G) / s)``: the chance that this token is the one the verifier draws.
+
+    Args:
+        drafter: the recurrent head.
+        context: verifier hidden state at the last committed token, ``[B, H]``.
+        root: the token chosen after it, int64 ``[B]``.
+        embed: the verifier's token embedding, int64 ``[...]`` -> ``[..., H]``.
+        beam: width and length; a width above the draft vocabulary is cut to it.
+        coupling: noise of the coming draws, or None.
+
+    Returns:
+        Every beam kept at every depth, in the verifier's token ids.
+    """
+    batch = context.shape[0]
+    width = min(beam.width, drafter.draft_token_ids.shape[0])
+    embeddings = embed(root).unsqueeze(1)
+    state = drafter.advance(drafter.initial_state(embeddings), embeddings)
+    scores = torch.zeros(batch, 1, device=context.device)
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    for depth in range(beam.length):
+        logits = drafter.logits(context.unsqueeze(1).expand(-1, state.shape[1], -1), state)
+        values, draft_ids = _expand(logits, width, depth, coupling)
+        totals = (scores.unsqueeze(2) + values).flatten(1)
+        # A non-finite drafter proposes nothing: its beams never become valid nodes.
+        totals = torch.nan_to_num(totals, nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+        scores, best = totals.topk(width, dim=1)
+        parents = best // width
+        tokens = drafter.draft_token_ids[draft_ids.flatten(1).gather(1, best)]
+        kept.append((tokens, parents, scores))
+        if depth + 1 < beam.length:
+            index = parents.unsqueeze(2).expand(-1, -1, state.shape[2])
+            state = drafter.advance(state.gather(1, index), embed(tokens))
+    stacked = [torch.stack(parts, dim=1) for parts in zip(*kept, strict=True)]
+    return Beams(tokens=stacked[0], parents=stacked[1], log_probs=stacked[2])
+
+
+def _expand(logits: Tensor, width: int, depth: int, coupling: Coupling | None) -> tuple[Tensor, Tensor]:
+    """Return the ``width`` best next tokens of each beam: log-probabilities and draft ids ``[B, W', W]``."""
+    logits = logits.float()
+    if coupling is not None:
+        batch, beams, vocab = logits.shape
+        warped = coupling.warp(logits.reshape(-1, vocab)).view(batch, beams, vocab)
+        log_q = warped.log_softmax(dim=-1)
+        logits = (log_q + coupling.noise[:, depth].unsqueeze(1).float()) / coupling.temperature
+    values, draft_ids = logits.topk(width, dim=-1)
+    return values - logits.logsumexp(dim=-1, keepdim=True), draft_ids

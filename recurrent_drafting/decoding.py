@@ -1,0 +1,418 @@
+"""The speculative decoder and the autoregressive baseline: one loop, two ways to propose.
+
+A step: propose a tree from the context, verify it in one forward, walk it with the verifier's
+picks, keep the accepted rows of the cache. The baseline proposes the root alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from recurrent_drafting import acceptance, beam_search
+from recurrent_drafting.config import BeamConfig, SamplingConfig
+from recurrent_drafting.draft_tree import DraftTree
+from recurrent_drafting.drafter import Drafter
+from recurrent_drafting.errors import DataError, ModelError, UsageError
+from recurrent_drafting.kv_cache import VerifierCache
+from recurrent_drafting.metrics import DecodingStats
+from recurrent_drafting.sampling import Sampler, warp
+from recurrent_drafting.tree_budget import LatencyCurve
+from recurrent_drafting.verifier import Verifier
+
+StopFunction = Callable[[Sequence[int]], int | None]
+
+
+class Streamer(Protocol):
+    """What transformers' streamers offer."""
+
+    def put(self, value: Tensor) -> None:
+        """Take token ids, int64 ``[n]``; the prompt comes first."""
+
+    def end(self) -> None:
+        """Learn that the reply is complete."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One verifier step of one row, after cuts: tokens emitted, and how many of them were drafted."""
+
+    emitted: int
+    drafted: int
+
+
+@dataclass
+class GenerationOutput:
+    """Result of ``generate``.
+
+    Args:
+        sequences: per row the new token ids, EOS included if produced, nothing after it.
+        finish_reasons: "eos", "length" or "stop" per row.
+        stats: counters of the whole call.
+        steps: per row its verifier steps in order; the first token comes from the prefill.
+    """
+
+    sequences: list[list[int]]
+    finish_reasons: list[str]
+    stats: DecodingStats
+    steps: list[list[Step]]
+
+
+class _Reply:
+    """One request's reply while it grows: ends it exactly and keeps its steps.
+
+    Args:
+        row: its row in the output.
+        limit: most new tokens.
+        eos_token_ids: tokens that end it.
+        stop: see ``generate``.
+    """
+
+    def __init__(self, row: int, limit: int, eos_token_ids: frozenset[int], stop: StopFunction | None) -> None:
+        self.row = row
+        self.limit = limit
+        self.tokens: list[int] = []
+        self.steps: list[Step] = []
+        self.finish_reason = "" if limit else "length"
+        self._eos_token_ids = eos_token_ids
+        self._stop = stop
+
+    def extend(self, tokens: Sequence[int]) -> int:
+        """Append tokens until the reply ends; return how many new ones it keeps (never negative)."""
+        before = len(self.tokens)
+        for token in tokens:
+            self.tokens.append(token)
+            if self._ended():
+                break
+        return max(len(self.tokens) - before, 0)
+
+    def add_step(self, tokens: Sequence[int]) -> int:
+        """Append a verifier step's tokens, the bonus token last; return how many are kept."""
+        emitted = self.extend(tokens)
+        self.steps.append(Step(emitted=emitted, drafted=min(emitted, len(tokens) - 1)))
+        # A stop sequence that began in an earlier step takes tokens from that step too.
+        excess = sum(step.emitted for step in self.steps) - max(len(self.tokens) - 1, 0)
+        for index in range(len(self.steps) - 2, -1, -1):
+            if excess <= 0:
+                break
+            step = self.steps[index]
+            left = max(step.emitted - excess, 0)
+            excess -= step.emitted - left
+            self.steps[index] = Step(emitted=left, drafted=min(step.drafted, left))
+        return emitted
+
+    def _ended(self) -> bool:
+        keep = self._stop(self.tokens) if self._stop is not None else None
+        if keep is not None:
+            del self.tokens[keep:]
+            self.finish_reason = "stop"
+        elif self.tokens[-1] in self._eos_token_ids:
+            self.finish_reason = "eos"
+        elif len(self.tokens) >= self.limit:
+            self.finish_reason = "length"
+        return bool(self.finish_reason)
+
+
+@dataclass
+class _Batch:
+    """The live rows of a decode; finished ones leave with ``drop_finished``.
+
+    Args:
+        replies: the reply of each live row.
+        sampler: text and noise of each live row.
+        cache: the verifier's cache of each live row.
+        context: hidden state at the last committed token, ``[B, H]``.
+        root: the token chosen after it, int64 ``[B]``.
+    """
+
+    replies: list[_Reply]
+    sampler: Sampler
+    cache: VerifierCache
+    context: Tensor
+    root: Tensor
+
+    def drop_finished(self) -> None:
+        """Let rows leave whose reply has ended, so that no work is done for them."""
+        live = [row for row, reply in enumerate(self.replies) if not reply.finish_reason]
+        if len(live) == len(self.replies):
+            return
+        self.replies = [self.replies[row] for row in live]
+        if live:
+            self.cache.select(live)
+            self.sampler.select(live)
+            self.context, self.root = self.context[live], self.root[live]
+
+
+class _Decoder(ABC):
+    """The loop that both decoders share."""
+
+    def __init__(self, verifier: Verifier) -> None:
+        self.verifier = verifier
+
+    @abstractmethod
+    def _propose(self, batch: _Batch) -> DraftTree:
+        """Return the trees to verify next."""
+
+    @property
+    @abstractmethod
+    def _max_tree_nodes(self) -> int:
+        """Return the most nodes a tree can have."""
+
+    @torch.inference_mode()
+    def generate(  # noqa: PLR0913 - the public contract of docs/design.md
+        self,
+        input_ids: Tensor | Sequence[Sequence[int]],
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int,
+        sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 - frozen
+        eos_token_ids: Sequence[int] | None = None,
+        stop: StopFunction | None = None,
+        request_ids: Sequence[int] | None = None,
+        streamer: Streamer | None = None,
+    ) -> GenerationOutput:
+        """Continue each prompt.
+
+        Args:
+            input_ids: token ids per row as lists, or a left-padded int64 tensor ``[B, T]``.
+            attention_mask: true at real tokens, ``[B, T]``; needed with a padded tensor.
+            max_new_tokens: limit per row, in tokens; the context window limits too.
+            sampling: the pipeline's settings; default greedy.
+            eos_token_ids: tokens that end a reply; default the verifier's own.
+            stop: gets a row's new tokens after each one and returns how many to keep, or None.
+            request_ids: key of each row's noise; default the row index.
+            streamer: gets the prompt, then tokens as they are decided; one row only.
+
+        Returns:
+            Texts, finish reasons and counters. Texts depend on prompts, settings and request ids
+            alone: not on the drafter, the tree or the rest of the batch.
+
+        Raises:
+            DataError: an empty prompt, or one as long as the context window.
+            UsageError: arguments that do not fit together.
+            NumericsError: non-finite verifier logits.
+        """
+        start = time.perf_counter()
+        prompts = _token_lists(input_ids, attention_mask)
+        _check_arguments(prompts, max_new_tokens, request_ids, streamer)
+        eos = self.verifier.eos_token_ids if eos_token_ids is None else tuple(eos_token_ids)
+        limits = self._limits(prompts, max_new_tokens)
+        replies = [_Reply(row, limit, frozenset(eos), stop) for row, limit in enumerate(limits)]
+        stats = DecodingStats(rows=len(prompts))
+        if streamer is not None:
+            streamer.put(torch.tensor(prompts[0]))
+        if max_new_tokens:
+            requests = list(range(len(prompts))) if request_ids is None else list(request_ids)
+            sampler = Sampler(sampling, prompts, requests, eos, self.verifier.vocab_size, self.verifier.device)
+            batch = self._prefill(prompts, replies, sampler, stats)
+            stats.prefill_tokens = sum(len(reply.tokens) for reply in replies)
+            _stream(streamer, replies[0].tokens)
+            batch.drop_finished()
+            while batch.replies:
+                tokens = self._step(batch, stats)
+                _stream(streamer, tokens)
+        if streamer is not None:
+            streamer.end()
+        return _collect(replies, stats, time.perf_counter() - start)
+
+    def _prefill(
+        self, prompts: list[list[int]], replies: list[_Reply], sampler: Sampler, stats: DecodingStats
+    ) -> _Batch:
+        with stats.phase("prefill"):
+            # Replies stop at their limit, so a row never commits more than prompt + limit tokens.
+            longest = max(len(prompt) + reply.limit for prompt, reply in zip(prompts, replies, strict=True))
+            cache = self.verifier.new_cache(len(prompts), longest + self._max_tree_nodes)
+            output = self.verifier.prefill(prompts, cache)
+            root = sampler.pick(output.logits[:, 0], range(len(prompts)))
+            for row, token in enumerate(root.tolist()):
+                sampler.commit(row, token)
+                replies[row].extend([token])
+        return _Batch(list(replies), sampler, cache, output.hidden[:, 0], root)
+
+    def _step(self, batch: _Batch, stats: DecodingStats) -> list[int]:
+        """Run one step of every live row; return what the first of them emitted."""
+        with stats.phase("draft"):
+            tree = self._propose(batch)
+        with stats.phase("verify"):
+            output = self.verifier.verify(tree, batch.cache)
+        with stats.phase("sample"):
+            accepted = acceptance.walk(tree, output.logits, batch.sampler)
+        with stats.phase("cache"):
+            batch.cache.keep(accepted.paths)
+            last = torch.tensor([path[-1] for path in accepted.paths], device=output.hidden.device)
+            batch.context = output.hidden[torch.arange(len(last), device=last.device), last]
+            bonus = [tokens[-1] for tokens in accepted.tokens]
+            batch.root = torch.tensor(bonus, device=batch.root.device)
+        stats.forwards += 1
+        stats.nodes += tree.num_nodes * len(batch.replies)
+        kept = [reply.add_step(tokens) for reply, tokens in zip(batch.replies, accepted.tokens, strict=True)]
+        emitted = accepted.tokens[0][: kept[0]]
+        batch.drop_finished()
+        return emitted
+
+    def _limits(self, prompts: list[list[int]], max_new_tokens: int) -> list[int]:
+        """Return how many new tokens fit per row, within the context window."""
+        window = self.verifier.context_window
+        if window is None:
+            return [max_new_tokens] * len(prompts)
+        for row, prompt in enumerate(prompts):
+            if len(prompt) >= window:
+                raise DataError(
+                    f"prompt of row {row} has {len(prompt)} tokens and the context window of "
+                    f"{self.verifier.name_or_path} is {window}: expected at most {window - 1}; shorten the prompt"
+                )
+        return [min(max_new_tokens, window - len(prompt)) for prompt in prompts]
+
+
+class AutoregressiveDecoder(_Decoder):
+    """The baseline: one token per forward, same verifier, same sampling code.
+
+    Args:
+        verifier: the frozen base model.
+    """
+
+    @property
+    def _max_tree_nodes(self) -> int:
+        return 1
+
+    def _propose(self, batch: _Batch) -> DraftTree:
+        return DraftTree.root_only(batch.root)
+
+
+class SpeculativeDecoder(_Decoder):
+    """Draft a tree, verify it in one forward, keep what the verifier would have said itself.
+
+    Args:
+        verifier: the frozen base model.
+        drafter: a drafter that was trained for it.
+        beam: shape of the beam search and the tree; default the drafter's own width and length.
+        latency: verify cost by tree size; when given, each step verifies as many nodes (at most
+            ``beam.max_nodes``) as maximise expected tokens per second.
+        allow_base_mismatch: accept a drafter that was trained for another base of equal sizes.
+
+    Raises:
+        ModelError: the drafter does not fit the verifier.
+    """
+
+    def __init__(
+        self,
+        verifier: Verifier,
+        drafter: Drafter,
+        beam: BeamConfig | None = None,
+        *,
+        latency: LatencyCurve | None = None,
+        allow_base_mismatch: bool = False,
+    ) -> None:
+        super().__init__(verifier)
+        check_fit(verifier, drafter, allow_base_mismatch)
+        own = drafter.config
+        self.beam = beam or BeamConfig(width=own.beam_width, length=own.beam_length)
+        self.latency = latency
+        if drafter.dtype != verifier.dtype or drafter.device != verifier.device:
+            # A copy: the caller may still be training this one in float32.
+            drafter = copy.deepcopy(drafter).to(device=verifier.device, dtype=verifier.dtype)
+        self.drafter = drafter.eval()
+
+    @property
+    def _max_tree_nodes(self) -> int:
+        full = self.beam.width * self.beam.length + 1
+        return full if self.beam.max_nodes is None else min(full, self.beam.max_nodes)
+
+    def _propose(self, batch: _Batch) -> DraftTree:
+        if self._max_tree_nodes == 1:
+            return DraftTree.root_only(batch.root)
+        beams = beam_search.draft(
+            self.drafter, batch.context, batch.root, self.verifier.embed, self.beam, self._coupling(batch)
+        )
+        tree = DraftTree.from_beams(batch.root, beams, self._max_tree_nodes)
+        return tree if self.latency is None else tree.prune(self.latency.best_nodes(tree))
+
+    def _coupling(self, batch: _Batch) -> beam_search.Coupling | None:
+        sampling = batch.sampler.config
+        if sampling.greedy or self.beam.coupling == 0:
+            return None
+        noise = batch.sampler.upcoming_noise(range(len(batch.replies)), self.beam.length)
+        return beam_search.Coupling(
+            noise=noise[:, :, self.drafter.draft_token_ids].float(),
+            warp=lambda logits: warp(logits, sampling),
+            temperature=self.beam.coupling,
+        )
+
+
+def check_fit(verifier: Verifier, drafter: Drafter, allow_base_mismatch: bool = False) -> None:
+    """Compare a drafter's record with a verifier.
+
+    Raises:
+        ModelError: sizes differ, or it was trained for another base (which may be overridden).
+    """
+    config = drafter.config
+    for name, expected in (("hidden_size", verifier.hidden_size), ("vocab_size", verifier.vocab_size)):
+        if getattr(config, name) != expected:
+            raise ModelError(
+                f"the drafter does not fit {verifier.name_or_path}: expected {name} {expected}, the drafter "
+                f"has {getattr(config, name)}; use the base it was trained for ({config.verifier_name_or_path})"
+            )
+    known = verifier.fingerprint is not None and config.verifier_fingerprint is not None
+    if known and verifier.fingerprint != config.verifier_fingerprint and not allow_base_mismatch:
+        raise ModelError(
+            f"the drafter was trained for another base: expected {config.verifier_name_or_path} "
+            f"({config.verifier_fingerprint}), got {verifier.name_or_path} ({verifier.fingerprint}); "
+            "the text stays exact but few drafts will be accepted; --allow_base_mismatch uses it all the same"
+        )
+
+
+def _token_lists(input_ids: Tensor | Sequence[Sequence[int]], mask: Tensor | None) -> list[list[int]]:
+    """Drop the padding: the engine works on real tokens only."""
+    if not isinstance(input_ids, Tensor):
+        if mask is not None:
+            raise UsageError("attention_mask goes with a tensor of input_ids, got it with lists")
+        return [list(row) for row in input_ids]
+    if input_ids.dim() != 2 or (mask is not None and mask.shape != input_ids.shape):
+        shapes = f"{tuple(input_ids.shape)} and {None if mask is None else tuple(mask.shape)}"
+        raise UsageError(f"input_ids and attention_mask must both be [B, T], got {shapes}")
+    if mask is None:
+        return [list(row) for row in input_ids.tolist()]
+    rows = zip(input_ids, mask.bool(), strict=True)
+    return [row[real].tolist() for row, real in rows]
+
+
+def _check_arguments(
+    prompts: list[list[int]], max_new_tokens: int, request_ids: Sequence[int] | None, streamer: Streamer | None
+) -> None:
+    if max_new_tokens < 0:
+        raise UsageError(f"max_new_tokens must be >= 0, got {max_new_tokens}")
+    if not prompts:
+        raise DataError("generate needs at least one prompt, got none")
+    for row, prompt in enumerate(prompts):
+        if not prompt:
+            raise DataError(f"prompt of row {row} has no tokens: expected at least one; start it with a BOS token")
+    if request_ids is not None and len(request_ids) != len(prompts):
+        raise UsageError(f"request_ids must name each of the {len(prompts)} prompts, got {len(request_ids)}")
+    if streamer is not None and len(prompts) != 1:
+        raise UsageError(f"a streamer takes one prompt, got {len(prompts)}")
+
+
+def _stream(streamer: Streamer | None, tokens: Sequence[int]) -> None:
+    if streamer is not None and tokens:
+        streamer.put(torch.tensor(list(tokens)))
+
+
+def _collect(replies: list[_Reply], stats: DecodingStats, seconds: float) -> GenerationOutput:
+    for reply in replies:
+        for step in reply.steps:
+            stats.count_step(step.drafted)
+    stats.tokens = sum(len(reply.tokens) for reply in replies)
+    stats.close(seconds)
+    return GenerationOutput(
+        sequences=[reply.tokens for reply in replies],
+        finish_reasons=[reply.finish_reason for reply in replies],
+        stats=stats,
+        steps=[reply.steps for reply in replies],
+    )

@@ -1,0 +1,145 @@
+"""The verifier's key/value cache: preallocated, written in place, rolled back by moving rows.
+
+Slot i of a row holds the token at position i, without padding: rows of a batch differ in length
+and a forward writes its n new entries behind each row's own length. After a verify step the
+entries of the accepted path move next to the committed ones; nothing else is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class _LayerView(CacheLayerMixin):
+    """Let one attention layer write to and read from the shared storage."""
+
+    is_sliding = False
+    is_compileable = False
+
+    def __init__(self, cache: VerifierCache, layer_index: int) -> None:
+        super().__init__()
+        self._cache = cache
+        self._layer_index = layer_index
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Do nothing: the cache allocates its storage at the first write."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append the new states ``[B, heads, n, dim]`` and return all of them, ``[B, heads, S, dim]``."""
+        return self._cache.append(self._layer_index, key_states, value_states)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the number of key slots of a forward over ``query_length`` tokens and their offset."""
+        return self._cache.max_length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Return the committed length of the longest row."""
+        return self._cache.max_length
+
+    def get_max_length(self) -> int:
+        """Return the capacity in tokens."""
+        return self._cache.capacity
+
+    def get_max_cache_shape(self) -> int:
+        """Return the capacity in tokens, by the name that older versions use."""
+        return self._cache.capacity
+
+
+class VerifierCache(Cache):
+    """Key/value storage of a batch.
+
+    Worked example, one row of length 3 after a verify step over nodes 0..3 whose accepted path
+    is 0, 2, 3: slots 3..6 hold the four nodes; ``keep`` moves slot 5 to 4 and slot 6 to 5, and
+    the row's length becomes 6.
+
+    Args:
+        num_layers: attention layers of the verifier.
+        batch_size: rows B.
+        capacity: slots per row, in tokens.
+    """
+
+    def __init__(self, num_layers: int, batch_size: int, capacity: int) -> None:
+        super().__init__(layers=[_LayerView(self, index) for index in range(num_layers)])
+        self.capacity = capacity
+        self.lengths: list[int] = [0] * batch_size
+        self._num_layers = num_layers
+        # One tensor [2 * layers, B, heads, capacity, dim] per shape of layer: families that mix
+        # head counts get one each, all others a single one that moves with a single copy.
+        self._storage: dict[tuple[int, int, torch.device], Tensor] = {}
+        self._slots: Tensor | None = None
+
+    @property
+    def max_length(self) -> int:
+        """Return the committed length of the longest row, in tokens."""
+        return max(self.lengths, default=0)
+
+    def append(self, layer_index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write new entries behind each row's length; the lengths stay until ``keep``.
+
+        Args:
+            layer_index: which attention layer.
+            keys: ``[B, heads, n, dim]``.
+            values: ``[B, heads, n, value_dim]``.
+
+        Returns:
+            Views of keys and values, ``[B, heads, max_length + n, dim]``.
+        """
+        stop = self.max_length + keys.shape[2]
+        if stop > self.capacity:
+            raise IndexError(f"cache holds {self.capacity} tokens per row, asked to write up to {stop}")
+        return tuple(  # type: ignore[return-value]
+            self._write(self._buffer(states, 2 * layer_index + part), states)[:, :, :stop]
+            for part, states in enumerate((keys, values))
+        )
+
+    def keep(self, paths: Sequence[Sequence[int]]) -> None:
+        """Commit the accepted nodes of the last forward and forget the others.
+
+        Args:
+            paths: per row the written entries to keep, ascending, as offsets behind the row's
+                length; entry 0 (the root) comes first.
+        """
+        for row, path in enumerate(paths):
+            start = self.lengths[row]
+            first = next((i for i, node in enumerate(path) if node != i), len(path))
+            if first < len(path):
+                moved = torch.tensor([start + node for node in path[first:]])
+                for storage in self._storage.values():
+                    source = moved.to(storage.device)
+                    storage[:, row, :, start + first : start + len(path)] = storage[:, row, :, source]
+            self.lengths[row] = start + len(path)
+        self._slots = None
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep only the given rows, in the given order; the others leave the batch."""
+        for key, storage in self._storage.items():
+            self._storage[key] = storage[:, list(rows)]
+        self.lengths = [self.lengths[row] for row in rows]
+        self._slots = None
+
+    def _buffer(self, states: Tensor, index: int) -> Tensor:
+        batch, heads, _, dim = states.shape
+        key = (heads, dim, states.device)
+        if key not in self._storage:
+            # Zeros, not empty: masked slots are multiplied by zero, and 0 * NaN is NaN.
+            shape = (2 * self._num_layers, batch, heads, self.capacity, dim)
+            self._storage[key] = states.new_zeros(shape)
+        return self._storage[key][index]
+
+    def _write(self, buffer: Tensor, states: Tensor) -> Tensor:
+        count = states.shape[2]
+        start = self.lengths[0]
+        if all(length == start for length in self.lengths):
+            buffer[:, :, start : start + count] = states
+            return buffer
+        if self._slots is None or self._slots.shape[1] != count:
+            lengths = torch.tensor(self.lengths, device=states.device)
+            self._slots = lengths.unsqueeze(1) + torch.arange(count, device=states.device)
+        index = self._slots[:, None, :, None].expand_as(states)
+        return buffer.scatter_(2, index, states)

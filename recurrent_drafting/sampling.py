@@ -1,0 +1,276 @@
+"""One ordered logits pipeline, position-keyed noise, and the pick.
+
+The baseline and the speculative decoder both choose every token with ``Sampler.pick``. A pick is
+``argmax_v log p(v) + G[t, v]`` with Gumbel noise keyed by (seed, request, position t, token v):
+exact sampling (the Gumbel-max trick) that does not depend on how many tokens a forward yields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from recurrent_drafting.config import SamplingConfig
+from recurrent_drafting.errors import NumericsError
+
+_MASK64 = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+
+
+def _signed(value: int) -> int:
+    """Read a 64-bit pattern as the int64 that torch stores."""
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _mix(value: int) -> int:
+    """Return the splitmix64 finaliser of a 64-bit integer (Steele, Lea and Flood, 2014)."""
+    value = ((value ^ (value >> 30)) * _MIX_1) & _MASK64
+    value = ((value ^ (value >> 27)) * _MIX_2) & _MASK64
+    return value ^ (value >> 31)
+
+
+def _shift_right(value: Tensor, bits: int) -> Tensor:
+    """Shift int64 bit patterns right without copying the sign bit."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+class GumbelNoise:
+    """Standard Gumbel noise as a pure function of (seed, request, position, token).
+
+    Args:
+        seed: the sampling seed.
+        vocab_size: tokens V of a row.
+        device: where the rows are made; the integer mix is the same everywhere.
+    """
+
+    def __init__(self, seed: int, vocab_size: int, device: torch.device) -> None:
+        self._seed = _mix((seed + _GOLDEN) & _MASK64)
+        golden = torch.tensor(_signed(_GOLDEN), device=device)
+        self._counters = torch.arange(1, vocab_size + 1, device=device) * golden
+        self._rows: dict[tuple[int, int], Tensor] = {}
+
+    def row(self, request: int, position: int) -> Tensor:
+        """Return the noise of one position, float64 ``[V]``."""
+        key = self._seed
+        for part in (request, position):
+            key = _mix((key ^ _mix((part + _GOLDEN) & _MASK64)) + _GOLDEN & _MASK64)
+        bits = self._counters + _signed(key)
+        bits = (bits ^ _shift_right(bits, 30)) * _signed(_MIX_1)
+        bits = (bits ^ _shift_right(bits, 27)) * _signed(_MIX_2)
+        bits = bits ^ _shift_right(bits, 31)
+        # 53 random bits, centred in their cell: uniform in (0, 1), never 0 or 1.
+        uniform = (_shift_right(bits, 11).double() + 0.5) * 2.0**-53
+        return uniform.log_().neg_().log_().neg_()
+
+    def rows(self, requests: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """Return the noise of one position per request, float64 ``[R, V]``.
+
+        Rows are kept until ``forget``: coupled drafting and the pick ask for the same ones.
+        """
+        keys = list(zip(requests, positions, strict=True))
+        for key in keys:
+            if key not in self._rows:
+                self._rows[key] = self.row(*key)
+        return torch.stack([self._rows[key] for key in keys])
+
+    def forget(self, request: int, before: int) -> None:
+        """Drop a request's rows of positions below ``before``."""
+        stale = [key for key in self._rows if key[0] == request and key[1] < before]
+        for key in stale:
+            del self._rows[key]
+
+
+def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
+    """Mask all but the ``top_k`` largest logits ``[R, V]``; ties with the last one kept stay."""
+    if top_k == 0 or top_k >= logits.shape[-1]:
+        return logits
+    threshold = logits.topk(top_k, dim=-1).values[:, -1:]
+    return logits.masked_fill(logits < threshold, -torch.inf)
+
+
+def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
+    """Mask all but the smallest set of most likely tokens whose mass reaches ``top_p``.
+
+    Equally likely tokens enter by rising id.
+
+    Args:
+        logits: ``[R, V]``.
+        top_p: mass in (0, 1].
+    """
+    if top_p >= 1:
+        return logits
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    probabilities = ordered.softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    dropped = torch.zeros_like(before, dtype=torch.bool).scatter_(1, order, before >= top_p)
+    return logits.masked_fill(dropped, -torch.inf)
+
+
+def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
+    """Mask tokens less likely than ``min_p`` times the most likely one, ``[R, V]``."""
+    if min_p == 0:
+        return logits
+    probabilities = logits.softmax(dim=-1)
+    threshold = min_p * probabilities.amax(dim=-1, keepdim=True)
+    return logits.masked_fill(probabilities < threshold, -torch.inf)
+
+
+def warp(logits: Tensor, config: SamplingConfig) -> Tensor:
+    """Apply temperature, top-k, top-p and min-p, in this order, to logits ``[R, V]``."""
+    logits = keep_top_k(logits / config.temperature, config.top_k)
+    return keep_min_p(keep_top_p(logits, config.top_p), config.min_p)
+
+
+class Sampler:
+    """Choose tokens for a batch of requests and remember what the choice depends on.
+
+    Args:
+        config: the pipeline's settings.
+        prompts: per row the prompt's token ids, without padding.
+        request_ids: key of each row's noise.
+        eos_token_ids: barred while fewer than ``config.min_new_tokens`` tokens exist.
+        vocab_size: the verifier's V.
+        device: where logits come from.
+    """
+
+    def __init__(
+        self,
+        config: SamplingConfig,
+        prompts: Sequence[Sequence[int]],
+        request_ids: Sequence[int],
+        eos_token_ids: Sequence[int],
+        vocab_size: int,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.noise = None if config.greedy else GumbelNoise(config.seed, vocab_size, device)
+        self._requests = list(request_ids)
+        self._eos = list(eos_token_ids)
+        self._prompt_lengths = [len(prompt) for prompt in prompts]
+        self._generated: list[list[int]] = [[] for _ in prompts]
+        self._prompt_tails = self._tails(prompts)
+        self._seen: Tensor | None = None
+        self._counts: Tensor | None = None
+        if config.repetition_penalty != 1:
+            self._seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
+            for row, prompt in enumerate(prompts):
+                self._seen[row, list(prompt)] = True
+        if config.presence_penalty != 0 or config.frequency_penalty != 0:
+            self._counts = torch.zeros(len(prompts), vocab_size, device=device)
+
+    def pick(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
+        """Choose the next token of each row.
+
+        Args:
+            logits: verifier logits at each row's last committed token, ``[R, V]``.
+            rows: which row of the batch each belongs to.
+
+        Returns:
+            int64 ``[R]``; ties go to the lowest id.
+
+        Raises:
+            NumericsError: a logit is NaN or infinite.
+        """
+        scores = self.process(logits, rows)
+        if self.noise is not None:
+            positions = [self._prompt_lengths[row] + len(self._generated[row]) for row in rows]
+            requests = [self._requests[row] for row in rows]
+            scores = scores.double() + self.noise.rows(requests, positions)
+        best, tokens = scores.max(dim=-1)
+        finite = torch.isfinite(best)
+        if not bool(finite.all()):
+            index = int((~finite).int().argmax())
+            row = rows[index]
+            raise NumericsError(
+                f"verifier logits are not finite at new token {len(self._generated[row])} of row {row} "
+                f"(request {self._requests[row]}): expected finite numbers, got {best[index].item()}; "
+                "check the base model's weights or use --dtype fp32"
+            )
+        return tokens
+
+    def process(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
+        """Run the pipeline without the noise: ``[R, V]`` in float32 (float64 stays float64)."""
+        config = self.config
+        scores = logits if logits.dtype == torch.float64 else logits.float()
+        scores = self._penalise(scores, rows)
+        scores = self._bar(scores, rows)
+        if config.greedy:
+            return scores
+        return warp(scores, config)
+
+    def commit(self, row: int, token: int) -> None:
+        """Append a chosen token to a row's reply."""
+        self._generated[row].append(token)
+        if self._seen is not None:
+            self._seen[row, token] = True
+        if self._counts is not None:
+            self._counts[row, token] += 1
+        if self.noise is not None:
+            length = self._prompt_lengths[row] + len(self._generated[row])
+            self.noise.forget(self._requests[row], length)
+
+    def upcoming_noise(self, rows: Sequence[int], count: int, skip: int = 0) -> Tensor | None:
+        """Return the noise of the next positions, float64 ``[R, count, V]``, or None if greedy.
+
+        Args:
+            rows: rows of the batch.
+            count: positions wanted.
+            skip: positions to leave out first.
+        """
+        if self.noise is None:
+            return None
+        steps = []
+        for step in range(skip, skip + count):
+            positions = [self._prompt_lengths[row] + len(self._generated[row]) + step for row in rows]
+            steps.append(self.noise.rows([self._requests[row] for row in rows], positions))
+        return torch.stack(steps, dim=1)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep only the given rows, in the given order; the others leave the batch."""
+        for name in ("_requests", "_prompt_lengths", "_generated", "_prompt_tails"):
+            values = getattr(self, name)
+            setattr(self, name, [values[row] for row in rows])
+        index = list(rows)
+        self._seen = None if self._seen is None else self._seen[index]
+        self._counts = None if self._counts is None else self._counts[index]
+
+    def _penalise(self, scores: Tensor, rows: Sequence[int]) -> Tensor:
+        config = self.config
+        index = list(rows)
+        if self._seen is not None:
+            penalty = config.repetition_penalty
+            penalised = torch.where(scores > 0, scores / penalty, scores * penalty)
+            scores = torch.where(self._seen[index], penalised, scores)
+        if self._counts is not None:
+            counts = self._counts[index]
+            scores = scores - config.presence_penalty * (counts > 0) - config.frequency_penalty * counts
+        return scores
+
+    def _bar(self, scores: Tensor, rows: Sequence[int]) -> Tensor:
+        barred = [self._barred(row) for row in rows]
+        if not any(barred):
+            return scores
+        scores = scores.clone()
+        for index, tokens in enumerate(barred):
+            scores[index, tokens] = -torch.inf
+        return scores
+
+    def _barred(self, row: int) -> list[int]:
+        """List the tokens that may not come next: unfinished bad words, and EOS when too early."""
+        tokens = list(self._eos) if len(self._generated[row]) < self.config.min_new_tokens else []
+        if self.config.bad_words_ids:
+            text = self._prompt_tails[row] + self._generated[row]
+            for word in self.config.bad_words_ids:
+                prefix = list(word[:-1])
+                if not prefix or text[-len(prefix) :] == prefix:
+                    tokens.append(word[-1])
+        return tokens
+
+    def _tails(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Keep what a bad word that starts in the prompt can still match."""
+        reach = max((len(word) - 1 for word in self.config.bad_words_ids), default=0)
+        return [list(prompt)[-reach:] if reach else [] for prompt in prompts]

@@ -1,0 +1,400 @@
+"""Adapter over a Hugging Face causal language model: prefill, verify, hidden states.
+
+The adapter runs the model's own body with an explicit mask and explicit positions over a cache
+that can roll back, and the model's own head on the rows that need it. Whether a model honours all
+of that is not assumed from its name: it is probed once, on a few tokens, when it is wrapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from recurrent_drafting import assets
+from recurrent_drafting.draft_tree import DraftTree
+from recurrent_drafting.errors import DataError, ModelError, NetworkError, UsageError
+from recurrent_drafting.kv_cache import VerifierCache
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+# Largest relative gap between a probed forward and the plain model, by dtype: far above rounding,
+# far below what a wrong mask, position or head gives (order 1).
+_PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+@dataclass(frozen=True)
+class VerifierOutput:
+    """Result of one forward.
+
+    Args:
+        logits: ``[B, n, V]`` in the model's dtype.
+        hidden: what fed the LM head, ``[B, n, H]``.
+    """
+
+    logits: Tensor
+    hidden: Tensor
+
+
+class Verifier:
+    """The frozen base model as the decoders and the trainer see it.
+
+    Args:
+        model: any transformers causal LM in memory.
+        name_or_path: for messages and for the drafter's record.
+        fingerprint: identity of the weights, None if unknown.
+
+    Raises:
+        ModelError: the family cannot verify a tree; the reason is named.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, name_or_path: str | None = None, fingerprint: str | None = None
+    ) -> None:
+        self.model = model.eval()
+        self.name_or_path = name_or_path or getattr(model.config, "_name_or_path", "") or model.config.model_type
+        self.fingerprint = fingerprint
+        self._text_config = model.config.get_text_config(decoder=True)
+        _refuse_unsupported(model, self.name_or_path)
+        self._body: nn.Module = model.base_model
+        self._head: nn.Module = model.get_output_embeddings()
+        self._embedding: nn.Module = model.get_input_embeddings()
+        self._probe()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str,
+        dtype: str = "auto",
+        device: str = "auto",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> Verifier:
+        """Load a base model by packaged asset name, local path or hub id.
+
+        Args:
+            name_or_path: where the model is.
+            dtype: auto, fp32, bf16, fp16 or fp64; auto is bf16 where the device computes in it.
+            device: auto, cpu, cuda, cuda:N, mps ...
+            revision: hub revision.
+            trust_remote_code: allow the model's own Python code to run.
+
+        Raises:
+            UsageError: no such device or dtype here.
+            NetworkError: the hub did not answer.
+            ModelError: the model does not load or cannot verify a tree.
+        """
+        place = resolve_device(device)
+        kind = resolve_dtype(dtype, place)
+        source = str(assets.model_directory(name_or_path)) if assets.is_asset(name_or_path) else name_or_path
+        options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        model = _load(source, kind, options).to(place)
+        model.requires_grad_(False)
+        fingerprint = assets.asset_fingerprint(Path(source)) if Path(source).is_dir() else None
+        return cls(model, name_or_path=name_or_path, fingerprint=fingerprint)
+
+    @property
+    def device(self) -> torch.device:
+        """Return where token ids go in."""
+        return next(self._embedding.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of hidden states."""
+        return self.model.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        """Return H, the width of what feeds the LM head."""
+        return int(self._text_config.hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """Return V, the number of logits."""
+        return int(self._text_config.vocab_size)
+
+    @property
+    def context_window(self) -> int | None:
+        """Return the largest number of positions, None if the model states none."""
+        return getattr(self._text_config, "max_position_embeddings", None)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Return every end-of-sequence id that the generation config or the model config names."""
+        value = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        value = self._text_config.eos_token_id if value is None else value
+        if value is None:
+            return ()
+        return tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
+
+    def new_cache(self, batch_size: int, capacity: int) -> VerifierCache:
+        """Make an empty cache of ``capacity`` tokens per row."""
+        return VerifierCache(int(self._text_config.num_hidden_layers), batch_size, capacity)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Look up token embeddings: int64 ``[...]`` -> ``[..., H]``."""
+        embeddings: Tensor = self._embedding(token_ids)
+        return embeddings
+
+    def head(self, hidden: Tensor, token_ids: Tensor | None = None) -> Tensor:
+        """Turn hidden states into the model's own logits.
+
+        Args:
+            hidden: ``[..., H]``.
+            token_ids: compute only these tokens' logits, int64 ``[V_d]``; None computes all.
+
+        Returns:
+            ``[..., V]`` or ``[..., V_d]``.
+        """
+        if token_ids is None:
+            logits = self._head(hidden)
+        else:
+            bias = getattr(self._head, "bias", None)
+            bias = None if bias is None else bias[token_ids]
+            logits = nn.functional.linear(hidden, self._head.weight[token_ids], bias)  # type: ignore[index]
+        return self._finish(logits)
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Sequence[int]], cache: VerifierCache) -> VerifierOutput:
+        """Run prompts into an empty cache.
+
+        Args:
+            prompts: token ids per row, without padding; lengths may differ.
+            cache: empty, with room for the prompts.
+
+        Returns:
+            Logits ``[B, 1, V]`` and hidden states ``[B, 1, H]`` at each row's last token.
+        """
+        ids, lengths = self._right_padded(prompts)
+        width = ids.shape[1]
+        positions = torch.arange(width, device=self.device).expand(len(prompts), -1)
+        causal = positions.unsqueeze(1) <= positions.unsqueeze(2)
+        hidden = self._forward(ids, positions, causal, positions, cache)
+        last = torch.tensor(lengths, device=hidden.device) - 1
+        hidden = hidden[torch.arange(len(lengths), device=hidden.device), last].unsqueeze(1)
+        cache.keep([range(length) for length in lengths])
+        return VerifierOutput(logits=self.head(hidden), hidden=hidden)
+
+    @torch.inference_mode()
+    def verify(self, tree: DraftTree, cache: VerifierCache) -> VerifierOutput:
+        """Run every node of the trees in one forward; the caller commits with ``cache.keep``.
+
+        Args:
+            tree: B trees of N nodes.
+            cache: committed prefixes of the B rows.
+
+        Returns:
+            Logits ``[B, N, V]`` and hidden states ``[B, N, H]`` per node.
+        """
+        lengths = torch.tensor(cache.lengths, device=self.device)
+        positions = lengths.unsqueeze(1) + tree.depths
+        allowed, key_positions = self._tree_mask(tree, lengths, positions, cache.max_length)
+        hidden = self._forward(tree.tokens, positions, allowed, key_positions, cache)
+        return VerifierOutput(logits=self.head(hidden), hidden=hidden)
+
+    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return what feeds the LM head at every position, without gradients.
+
+        Args:
+            input_ids: right-padded, int64 ``[B, T]``.
+            attention_mask: true at real tokens, bool ``[B, T]``.
+
+        Returns:
+            ``[B, T, H]``; padded positions hold no meaning.
+        """
+        with torch.no_grad():
+            positions = torch.arange(input_ids.shape[1], device=self.device).expand_as(input_ids)
+            causal = positions.unsqueeze(1) <= positions.unsqueeze(2)
+            return self._forward(input_ids * attention_mask, positions, causal, positions, None)
+
+    def _forward(
+        self, ids: Tensor, positions: Tensor, allowed: Tensor, key_positions: Tensor, cache: VerifierCache | None
+    ) -> Tensor:
+        """Run the body: boolean mask ``[B, n, S]`` and key positions ``[B, S]`` in, hidden states out."""
+        if self.context_window is not None:
+            # Nodes past the window can only yield tokens that the length limit cuts.
+            positions = positions.clamp(max=self.context_window - 1)
+        output = self._body(
+            input_ids=ids,
+            attention_mask=self._attention_mask(allowed, positions, key_positions),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def _tree_mask(
+        self, tree: DraftTree, lengths: Tensor, positions: Tensor, max_length: int
+    ) -> tuple[Tensor, Tensor]:
+        """Let each node see its row's committed slots and its own ancestors.
+
+        Returns:
+            allowed bool ``[B, N, S]`` and the position of each slot ``[B, S]``, S = max_length + N.
+        """
+        batch, nodes = tree.tokens.shape
+        slots = torch.arange(max_length + nodes, device=lengths.device).expand(batch, -1)
+        offset = slots - lengths.unsqueeze(1)
+        inside = (offset >= 0) & (offset < nodes)
+        index = offset.clamp(0, nodes - 1)
+        ancestors = tree.ancestor_mask().gather(2, index.unsqueeze(1).expand(-1, nodes, -1))
+        allowed = (ancestors & inside.unsqueeze(1)) | (offset < 0).unsqueeze(1)
+        key_positions = torch.where(inside, positions.gather(1, index), slots)
+        return allowed, key_positions
+
+    def _attention_mask(self, allowed: Tensor, positions: Tensor, key_positions: Tensor) -> Any:
+        """Turn a boolean mask into what the family takes: additive, with windows, per layer type."""
+        window = _sliding_window(self._text_config)
+        if window is None:
+            return self._additive(allowed)
+        near = key_positions.unsqueeze(1) > positions.unsqueeze(2) - window
+        types = set(getattr(self._text_config, "layer_types", None) or [_SLIDING])
+        masks = {kind: self._additive(allowed & near if kind == _SLIDING else allowed) for kind in types}
+        if types == {_SLIDING} and not self._takes_mask_by_layer_type:
+            return masks[_SLIDING]
+        return masks
+
+    @property
+    def _takes_mask_by_layer_type(self) -> bool:
+        return getattr(self._text_config, "layer_types", None) is not None
+
+    def _additive(self, allowed: Tensor) -> Tensor:
+        mask = torch.zeros(allowed.shape, dtype=self.dtype, device=allowed.device)
+        return mask.masked_fill_(~allowed, torch.finfo(self.dtype).min).unsqueeze(1)
+
+    def _finish(self, logits: Tensor) -> Tensor:
+        """Apply what the family does after its LM head; the probe compares with the model itself."""
+        config = self._text_config
+        if (scale := getattr(config, "logit_scale", None)) is not None:
+            logits = logits * scale
+        if (divisor := getattr(config, "logits_scaling", None)) is not None:
+            logits = logits / divisor
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def _right_padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
+        lengths = [len(prompt) for prompt in prompts]
+        if not prompts or min(lengths) == 0:
+            raise DataError("prefill needs at least one token per row, got an empty prompt; add a BOS token")
+        ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = torch.tensor(list(prompt))
+        return ids.to(self.device), lengths
+
+    @torch.inference_mode()
+    def _probe(self) -> None:
+        """Compare prefill, a branching tree and the head with plain forwards of the model."""
+        first, root, left, right = (min(id_, self.vocab_size - 1) for id_ in (5, 7, 11, 13))
+        cache = self.new_cache(1, 5)
+        tree = DraftTree(
+            tokens=torch.tensor([[root, left, right]], device=self.device),
+            parents=torch.tensor([[0, 0, 0]], device=self.device),
+            depths=torch.tensor([[0, 1, 1]], device=self.device),
+            log_probs=torch.zeros(1, 3, device=self.device),
+            valid=torch.ones(1, 3, dtype=torch.bool, device=self.device),
+            height=1,
+        )
+        try:
+            self.prefill([[first, first]], cache)
+            got = self.verify(tree, cache).logits[0]
+        except (TypeError, AttributeError, IndexError, RuntimeError, ValueError) as error:
+            raise self._unsupported(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+        for node, leaf in ((1, left), (2, right)):
+            ids = torch.tensor([[first, first, root, leaf]], device=self.device)
+            expected = self.model(input_ids=ids, use_cache=False).logits[0, -1]
+            gap = (got[node].float() - expected.float()).abs().max() / expected.float().abs().max()
+            if not gap <= _PROBE_TOLERANCE.get(self.dtype, 0.1):
+                raise self._unsupported(f"a tree of 3 nodes gives logits {gap:.2g} (relative) off a plain forward")
+
+    def _unsupported(self, reason: str) -> ModelError:
+        return ModelError(
+            f"{self.name_or_path} ({self.model.config.model_type}) cannot verify a draft tree: expected a decoder-only "
+            f"model with 4-D attention masks, explicit positions and a cache that rolls back; {reason}. "
+            "Use transformers' generate, or a model of a supported family (docs/adding_a_family.md)"
+        )
+
+
+def _refuse_unsupported(model: PreTrainedModel, name: str) -> None:
+    """Refuse families that cannot be verified, with the reason."""
+    kind = model.config.model_type
+    if model.config.is_encoder_decoder:
+        raise ModelError(f"{name} ({kind}) is an encoder-decoder model: expected a decoder-only causal LM")
+    if model.get_output_embeddings() is None:
+        raise ModelError(f"{name} ({kind}) has no LM head: load it with AutoModelForCausalLM")
+    if not getattr(model, "_supports_attention_backend", True) and getattr(model, "_is_stateful", False):
+        raise ModelError(f"{name} ({kind}) keeps a recurrent state that cannot roll back to the accepted path")
+    if getattr(model, "_is_stateful", False):
+        raise ModelError(f"{name} ({kind}) keeps a recurrent state that cannot roll back to the accepted path")
+
+
+def _sliding_window(config: Any) -> int | None:
+    """Return the sliding window in tokens, None where every layer sees everything."""
+    window = getattr(config, "sliding_window", None)
+    if window is None or getattr(config, "use_sliding_window", True) is False:
+        return None
+    types = getattr(config, "layer_types", None)
+    return int(window) if types is None or _SLIDING in types else None
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn a device flag into a device of this machine.
+
+    Raises:
+        UsageError: there is no such device; those that exist are named.
+    """
+    present = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        present.append("mps")
+    if name == "auto":
+        return torch.device(present[1] if len(present) > 1 else "cpu")
+    if name != "cuda" and name not in present or name == "cuda" and "cuda:0" not in present:
+        raise UsageError(f"device {name!r} is not on this machine: expected one of auto, {', '.join(present)}")
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Turn a dtype flag into a torch dtype; auto is bf16 only where the device computes in it.
+
+    Raises:
+        UsageError: unknown, or not usable on the device.
+    """
+    if name == "auto":
+        return torch.bfloat16 if _computes_bf16(device) else torch.float32
+    if name not in _DTYPES:
+        raise UsageError(f"dtype {name!r} is unknown: expected one of auto, {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def _computes_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, check, bool)() for check in checks)
+
+
+def _load(source: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
+    """Load a causal LM, turning the library's many failures into ours."""
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        if config.is_encoder_decoder:
+            raise ModelError(f"{source} ({config.model_type}) is an encoder-decoder model: expected a causal LM")
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype, use_safetensors=True, **options
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        if Path(source).exists():
+            raise ModelError(f"base model {source} does not load: {reason}") from error
+        raise NetworkError(
+            f"base model {source!r} is no local path and the hub did not give it: {reason} "
+            f"Use a local path or a packaged model ({', '.join(assets.model_names())})"
+        ) from error
+    return model
