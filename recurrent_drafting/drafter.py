@@ -123,6 +123,5 @@ class Drafter(PreTrainedModel):
         return torch.stack(features, dim=1)
 
     def forward(self, context: Tensor, embeddings: Tensor) -> Tensor:
-        """Return the logits at every training depth, ``[P, K, V_d]`` (arguments of ``unroll``)."""
-        logits: Tensor = self.head(self.unroll(context, embeddings))
-        return logits
+        """Do what ``unroll`` does: the part of a training step that wrappers of the model see."""
+        return self.unroll(context, embeddings)

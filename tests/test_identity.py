@@ -40,7 +40,7 @@ def random_case(rng: random.Random) -> Case:
         settings["frequency_penalty"] = rng.choice([0.0, 0.7])
         settings["min_new_tokens"] = rng.choice([0, 6])
         settings["bad_words_ids"] = rng.choice([(), ((5,), (7, 9))])
-    width, length = rng.choice([(1, 1), (1, 4), (2, 3), (3, 5), (4, 4), (5, 3), (10, 5)])
+    width, length = rng.choice([(1, 4), (2, 3), (3, 5), (4, 4), (5, 3), (10, 5)])
     max_nodes = rng.choice([None, None, 3, 9, 16])
     return Case(
         prompts=prompts,
@@ -48,9 +48,9 @@ def random_case(rng: random.Random) -> Case:
         sampling=SamplingConfig(**settings),
         beam=BeamConfig(width=width, length=length, max_nodes=max_nodes, coupling=rng.choice([0.0, 1.0])),
         oracle=rng.random() < 0.7,
-        probability=rng.uniform(0.4, 0.9),
+        probability=rng.uniform(0.5, 0.9),
         as_tensor=rng.random() < 0.5,
-        max_new_tokens=rng.choice([1, 2, 12, 20]),
+        max_new_tokens=rng.choice([1, 2, 16, 24]),
     )
 
 

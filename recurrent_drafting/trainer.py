@@ -1,0 +1,351 @@
+"""DrafterTrainer: the Hugging Face Trainer with the drafter as its model and the verifier beside it.
+
+One step: hidden states of the frozen verifier, the drafter unrolled K depths from every supervised
+position, one loss value per position and depth, normalised here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from recurrent_drafting import beam_search, losses
+from recurrent_drafting.config import BeamConfig
+from recurrent_drafting.draft_tree import DraftTree
+from recurrent_drafting.drafter import Drafter
+from recurrent_drafting.errors import DataError, NumericsError, UsageError
+from recurrent_drafting.metrics import DecodingStats, MeanMetrics
+from recurrent_drafting.verifier import Verifier
+
+OBJECTIVES = ("ce", "kl")
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """Every Hugging Face training argument, and the drafter's own.
+
+    Args:
+        drafter_predict_n_tokens: depths K that are trained.
+        drafter_num_layers: residual blocks of a drafter that is made new.
+        drafter_top_k: accuracies are reported for top-1 and top-k.
+        objective: "kl" (the verifier's distribution) or "ce" (the text's own tokens).
+        kd_alpha: share of KL when the objective is kl; cross-entropy has the rest.
+        kd_temperature: divisor of the verifier's logits in the KL target.
+        depth_decay: weight of depth k is ``depth_decay ** (k - 1)``.
+        use_wandb: report to Weights & Biases.
+    """
+
+    learning_rate: float = field(default=5e-4)
+    remove_unused_columns: bool = field(default=False)
+    logging_nan_inf_filter: bool = field(default=False)
+    drafter_predict_n_tokens: int = field(default=4)
+    drafter_num_layers: int = field(default=2)
+    drafter_top_k: int = field(default=5)
+    objective: str = field(default="kl")
+    kd_alpha: float = field(default=1.0)
+    kd_temperature: float = field(default=1.0)
+    depth_decay: float = field(default=0.9)
+    use_wandb: bool = field(default=False)
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise UsageError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
+        if not 0 <= self.kd_alpha <= 1:
+            raise UsageError(f"kd_alpha must be in [0, 1], got {self.kd_alpha}")
+        for name in ("kd_temperature", "depth_decay"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name} must be > 0, got {getattr(self, name)}")
+        for name in ("drafter_predict_n_tokens", "drafter_top_k"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.use_wandb:
+            self.report_to = ["wandb"]
+        if not torch.cuda.is_available() and not torch.backends.mps.is_available():
+            self.use_cpu = True
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """The supervised positions of a batch, flattened to P positions of K depths.
+
+    Position t has hidden state h_t and known root x_{t+1}; depth k predicts x_{t+1+k} from them and
+    x_{t+2} .. x_{t+k}. It is supervised where root and first target belong to a reply.
+
+    Args:
+        rows: batch row of each position, int64 ``[P]``.
+        positions: t, int64 ``[P]``.
+        known: tokens x_{t+1} .. x_{t+K}, int64 ``[P, K]``.
+        targets: tokens x_{t+2} .. x_{t+1+K}, int64 ``[P, K]``.
+        valid: depths whose target belongs to the reply, bool ``[P, K]``.
+    """
+
+    rows: Tensor
+    positions: Tensor
+    known: Tensor
+    targets: Tensor
+    valid: Tensor
+
+    @classmethod
+    def from_batch(cls, input_ids: Tensor, loss_mask: Tensor, depths: int) -> Supervision:
+        """Collect the supervised positions of ``input_ids`` and ``loss_mask``, both ``[B, T]``."""
+        supervised = loss_mask[:, 1:-1] & loss_mask[:, 2:]
+        rows, positions = supervised.nonzero(as_tuple=True)
+        offsets = positions.unsqueeze(1) + torch.arange(1, depths + 2, device=input_ids.device)
+        inside = offsets < input_ids.shape[1]
+        offsets = offsets.clamp(max=input_ids.shape[1] - 1)
+        window = input_ids[rows.unsqueeze(1), offsets]
+        real = loss_mask[rows.unsqueeze(1), offsets] & inside
+        # A reply that ends takes the deeper targets with it, even if another turn follows.
+        valid = real[:, 1:].cumprod(dim=1).bool()
+        return cls(rows, positions, window[:, :-1], window[:, 1:], valid)
+
+
+class DrafterTrainer(transformers.Trainer):
+    """Train a drafter against a frozen verifier.
+
+    Args:
+        model: the drafter.
+        verifier: the frozen base model; unseen by optimizer and checkpoints.
+        args: see ``TrainingArguments``.
+        **kwargs: as for ``transformers.Trainer``; data sets yield what ``data.Collator`` takes.
+    """
+
+    args: TrainingArguments
+
+    def __init__(self, model: Drafter, verifier: Verifier, args: TrainingArguments, **kwargs: Any) -> None:
+        self.verifier = verifier
+        self._means = MeanMetrics()
+        super().__init__(model=model, args=args, **kwargs)
+        # The loss is divided by the step's item count below, accumulation and ranks included.
+        self.model_accepts_loss_kwargs = True
+        self._draft_ids = _inverse(model.draft_token_ids, model.config.vocab_size)
+
+    def compute_loss(  # noqa: D102 - the base class documents it
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        batch = self._supervise(inputs)
+        result = self._head_loss(model, inputs, batch)
+        items = batch.valid.sum() if num_items_in_batch is None else num_items_in_batch
+        loss = result.total / items * self._ranks_averaged
+        if not torch.isfinite(loss):
+            raise NumericsError(
+                f"training loss is {loss.item()} at step {self.state.global_step}: expected a finite number; the "
+                "optimizer was not stepped; lower --learning_rate or train in float32 (no --bf16/--fp16)"
+            )
+        self._record("", batch, result)
+        return (loss, {}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the means since the last log to the Trainer's own figures."""
+        if "loss" in logs:
+            logs = {**logs, **self._means.pop_means()}
+        super().log(logs, *args, **kwargs)
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Measure loss, teacher-forced accuracies and simulated tau on the evaluation rows.
+
+        Returns:
+            ``eval_loss``, ``eval_top1_depth_k``, ``eval_simulated_tau`` ...
+        """
+        training_means, self._means = self._means, MeanMetrics()
+        stats = DecodingStats()
+        model = self.model.eval()
+        with torch.no_grad():
+            for inputs in self.get_eval_dataloader(eval_dataset):
+                inputs = self._prepare_inputs(inputs)
+                hidden = self.verifier.hidden_states(inputs["input_ids"], inputs["attention_mask"])
+                with self.compute_loss_context_manager():
+                    batch = self._supervise(inputs)
+                    self._record("", batch, self._head_loss(model, inputs, batch, hidden))
+                    simulate(model, self.verifier, inputs, hidden, self._beam(), stats)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._means.pop_means().items()}
+        self._means = training_means
+        metrics[f"{metric_key_prefix}_simulated_tau"] = stats.tau
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @property
+    def _ranks_averaged(self) -> int:
+        """Return the factor that undoes the gradient averaging over ranks."""
+        return self.args.world_size if self.args.average_tokens_across_devices else 1
+
+    def _beam(self) -> BeamConfig:
+        config = self.model.config
+        return BeamConfig(width=config.beam_width, length=config.beam_length)
+
+    def _supervise(self, inputs: dict[str, Tensor]) -> Supervision:
+        return Supervision.from_batch(inputs["input_ids"], inputs["loss_mask"], self.args.drafter_predict_n_tokens)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
+        """Count supervised (position, depth) pairs; the base class counts ``labels``, which we have not."""
+        count = sum(int(self._supervise(batch).valid.sum()) for batch in batch_samples)
+        items = torch.tensor(count, device=device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            items = self.accelerator.gather(items).sum()
+        if items == 0:
+            raise DataError(
+                "no supervised position in a training step: every label is masked or every reply is shorter "
+                "than 2 tokens; check the data set's roles and --model_max_length"
+            )
+        return items
+
+    def _head_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], batch: Supervision, hidden: Tensor | None = None
+    ) -> losses.HeadLoss:
+        if hidden is None:
+            hidden = self.verifier.hidden_states(inputs["input_ids"], inputs["attention_mask"])
+        with torch.no_grad():
+            context = hidden[batch.rows, batch.positions]
+            embeddings = self.verifier.embed(batch.known)
+        features = model(context.to(self.model.dtype), embeddings.to(self.model.dtype))
+        depth_weights = self.args.depth_decay ** torch.arange(batch.valid.shape[1], device=features.device)
+        row_weights = (batch.valid * depth_weights)[batch.valid]
+        targets = self._targets(batch, hidden)
+        return losses.head_loss(features[batch.valid], self.model.head.weight, targets, row_weights)
+
+    def _targets(self, batch: Supervision, hidden: Tensor) -> losses.HeadTargets:
+        """Collect hard targets, and the verifier's distribution once per position of the text."""
+        ids = self._draft_ids.to(batch.targets.device)[batch.targets[batch.valid]]
+        kl_share = self.args.kd_alpha if self.args.objective == "kl" else 0.0
+        if not kl_share:
+            return losses.HeadTargets(ids=ids, table=None, index=ids, kl_share=0.0)
+        depths = torch.arange(1, batch.valid.shape[1] + 1, device=ids.device)
+        # The target of depth k is the verifier's distribution at position t + k.
+        flat = batch.rows.unsqueeze(1) * hidden.shape[1] + batch.positions.unsqueeze(1) + depths
+        unique, index = flat[batch.valid].unique(return_inverse=True)
+        with torch.no_grad():
+            logits = self.verifier.head(hidden.flatten(0, 1)[unique], self.model.draft_token_ids)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            table = (logits / self.args.kd_temperature).softmax(dim=-1)
+        return losses.HeadTargets(ids=ids, table=table, index=index, kl_share=kl_share)
+
+    def _record(self, prefix: str, batch: Supervision, result: losses.HeadLoss) -> None:
+        """Add per-depth losses and teacher-forced accuracies to the running means."""
+        depth = torch.arange(1, batch.valid.shape[1] + 1, device=batch.valid.device).expand_as(batch.valid)[batch.valid]
+        for k in range(1, batch.valid.shape[1] + 1):
+            here = depth == k
+            count = int(here.sum())
+            self._means.add(f"{prefix}loss_depth_{k}", float(result.per_row[here].sum()), count)
+            for top in (1, self.args.drafter_top_k):
+                hits = int((result.ranks[here] < top).sum())
+                self._means.add(f"{prefix}top{top}_depth_{k}", hits, count)
+
+
+def simulate(
+    drafter: Drafter,
+    verifier: Verifier,
+    inputs: dict[str, Tensor],
+    hidden: Tensor,
+    beam: BeamConfig,
+    stats: DecodingStats,
+) -> None:
+    """Walk the verifier's own text as decoding would and count what each step accepts.
+
+    The same beam search and tree as in decoding; only the picks come from the text. A row's walk
+    starts at its first reply token and ends with its last.
+
+    Args:
+        drafter: the drafter.
+        verifier: gives the embeddings.
+        inputs: ``input_ids`` and ``loss_mask``, ``[B, T]``; the first reply of each row counts.
+        hidden: what feeds the LM head, ``[B, T, H]``.
+        beam: shape of the beams and the tree.
+        stats: counters that are added to.
+    """
+    spans = list(_reply_spans(inputs["loss_mask"]))
+    rows = [row for row, _, _ in spans]
+    roots = [start for _, start, _ in spans]
+    stops = [stop for _, _, stop in spans]
+    stats.prefill_tokens += len(spans)
+    stats.tokens += sum(stop - start for _, start, stop in spans)
+    while live := [i for i in range(len(rows)) if roots[i] + 1 < stops[i]]:
+        index = torch.tensor([rows[i] for i in live], device=hidden.device)
+        at = torch.tensor([roots[i] for i in live], device=hidden.device)
+        root = inputs["input_ids"][index, at]
+        context = hidden[index, at - 1].to(drafter.dtype)
+        beams = beam_search.draft(drafter, context, root, lambda ids: verifier.embed(ids).to(drafter.dtype), beam)
+        tree = DraftTree.from_beams(root, beams, beam.max_nodes)
+        texts = [inputs["input_ids"][rows[i], roots[i] + 1 : stops[i]].tolist() for i in live]
+        for i, accepted, text in zip(live, _follow(tree, texts), texts, strict=True):
+            emitted = min(accepted + 1, len(text))
+            stats.count_step(min(accepted, emitted))
+            roots[i] += emitted
+
+
+def _follow(tree: DraftTree, texts: Sequence[Sequence[int]]) -> list[int]:
+    """Return how many tokens of each text the row's tree holds as a path from the root."""
+    parents, tokens, valid = tree.parents.tolist(), tree.tokens.tolist(), tree.valid.tolist()
+    lengths = []
+    for row, text in enumerate(texts):
+        children = {
+            (parent, token): node
+            for node, (parent, token, ok) in enumerate(zip(parents[row], tokens[row], valid[row], strict=True))
+            if ok and node
+        }
+        node, length = 0, 0
+        while length < len(text) and (node, text[length]) in children:
+            node = children[node, text[length]]
+            length += 1
+        lengths.append(length)
+    return lengths
+
+
+def _reply_spans(loss_mask: Tensor) -> Iterator[tuple[int, int, int]]:
+    """Yield (row, start, stop) of the first reply of each row that has one."""
+    for row, mask in enumerate(loss_mask.tolist()):
+        if True in mask:
+            start = mask.index(True)
+            stop = mask.index(False, start) if False in mask[start:] else len(mask)
+            if start:
+                yield row, start, stop
+
+
+def _inverse(draft_token_ids: Tensor, vocab_size: int) -> Tensor:
+    """Return the draft id of each verifier token, int64 ``[V]``, -1 where it cannot be drafted."""
+    inverse = torch.full((vocab_size,), -1, device=draft_token_ids.device)
+    inverse[draft_token_ids] = torch.arange(len(draft_token_ids), device=draft_token_ids.device)
+    return inverse
+
+
+def initialise_from_verifier(drafter: Drafter, verifier: Verifier, draft_token_ids: Tensor) -> None:
+    """Start the drafter from what the verifier knows.
+
+    The head takes the verifier's LM head rows and the projection passes the context through, so
+    the first prediction is the verifier's own at the context; recurrent weights are scaled to the
+    size of the embeddings. With another exit_dim than H the random start stays.
+
+    Args:
+        drafter: a new drafter.
+        verifier: the base it will draft for.
+        draft_token_ids: the draft vocabulary, int64 ``[V_d]``, rising.
+    """
+    hidden = drafter.config.hidden_size
+    with torch.no_grad():
+        drafter.draft_token_ids.copy_(draft_token_ids)
+        embedding_scale = verifier.embed(draft_token_ids.to(verifier.device)).float().std()
+        if drafter.config.rnn and not drafter.config.emb_norm:
+            drafter.rnn_w.weight.div_(embedding_scale.to(drafter.device))
+        if drafter.config.exit_dim != hidden:
+            return
+        rows = verifier.model.get_output_embeddings().weight[draft_token_ids.to(verifier.device)]
+        drafter.head.weight.copy_(rows)
+        drafter.input_proj.weight[:, :hidden].copy_(torch.eye(hidden))
+        for block in drafter.blocks:
+            block.linear.weight.mul_(0.1)
