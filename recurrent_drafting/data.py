@@ -14,7 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import AutoTokenizer
 
+from recurrent_drafting import assets
 from recurrent_drafting.errors import DataError
 
 # Longer lines are refused before they are parsed.
@@ -265,6 +267,47 @@ def _trim_after_eos(ids: list[int], start: int, tokenizer: Any) -> list[int]:
         if ids[index] == eos:
             return ids[: index + 1]
     return ids
+
+
+def truncate(rows: Sequence[EncodedRow], max_length: int) -> tuple[list[EncodedRow], int]:
+    """Cut rows at ``max_length`` tokens; drop those without a supervised token left.
+
+    Returns:
+        The rows, and how many were cut or dropped.
+    """
+    cut = sum(len(row.input_ids) > max_length for row in rows)
+    short = [EncodedRow(row.input_ids[:max_length], row.loss_mask[:max_length]) for row in rows]
+    return [row for row in short if any(row.loss_mask)], cut
+
+
+def split(rows: Sequence[EncodedRow], max_eval_samples: int | None) -> tuple[TokenDataset, TokenDataset]:
+    """Hold out a twentieth of the rows, spread over all, at most ``max_eval_samples``.
+
+    Raises:
+        DataError: too few rows to hold out one.
+    """
+    count = max(1, min(len(rows) // 20, len(rows) if max_eval_samples is None else max_eval_samples))
+    if len(rows) < 2:
+        raise DataError(f"training needs at least 2 rows with a reply, got {len(rows)}; add data or raise the limits")
+    held_out = set(range(0, len(rows), -(-len(rows) // count)))
+    return (
+        TokenDataset([row for index, row in enumerate(rows) if index not in held_out]),
+        TokenDataset([rows[index] for index in sorted(held_out)]),
+    )
+
+
+def load_tokenizer(name_or_path: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer of a base by packaged name, local path or hub id.
+
+    Raises:
+        DataError: there is none.
+    """
+    source = str(assets.model_directory(name_or_path)) if assets.is_asset(name_or_path) else name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"no tokenizer for {name_or_path}: {reason}; save one beside the model") from error
 
 
 def save_packed(rows: Sequence[EncodedRow], path: Path, metadata: dict[str, str]) -> None:

@@ -23,8 +23,10 @@ from tqdm import tqdm
 
 from recurrent_drafting import assets, data
 from recurrent_drafting.config import SamplingConfig
-from recurrent_drafting.data import EncodedRow
+from recurrent_drafting.data import Conversation, EncodedRow
+from recurrent_drafting.decoding import AutoregressiveDecoder
 from recurrent_drafting.errors import DataError, UsageError
+from recurrent_drafting.verifier import Verifier
 
 logger = logging.getLogger(__name__)
 
@@ -99,16 +101,12 @@ class TransformersEngine:
     """Batches of the package's own baseline decoder.
 
     Args:
-        model: name, path or hub id.
-        dtype: see ``Verifier.from_pretrained``.
+        verifier: the model that writes.
         batch_size: requests per batch.
     """
 
-    def __init__(self, model: str, dtype: str = "auto", batch_size: int = 32) -> None:
-        from recurrent_drafting.decoding import AutoregressiveDecoder
-        from recurrent_drafting.verifier import Verifier
-
-        self._decoder = AutoregressiveDecoder(Verifier.from_pretrained(model, dtype=dtype))
+    def __init__(self, verifier: Verifier, batch_size: int = 32) -> None:
+        self._decoder = AutoregressiveDecoder(verifier)
         self._batch_size = batch_size
 
     def generate(self, requests: Sequence[Request], max_new_tokens: int) -> list[list[int]]:
@@ -296,6 +294,62 @@ def load_rows(directory: Path) -> tuple[list[EncodedRow], dict[str, int]]:
     return rows, report.skipped
 
 
+def self_rows(verifier: Verifier, tokenizer: Any, directory: Path, num_rows: int | None) -> list[EncodedRow]:
+    """Return self-written rows: the packaged set where it is this base's own, else newly written ones.
+
+    Args:
+        verifier: the base.
+        tokenizer: the base's.
+        directory: chunks are kept in its ``self_data`` folder.
+        num_rows: prompts to write where none are packaged; default 1,024.
+    """
+    for path in sorted((Path(__file__).parent / "data").glob("*-self.safetensors")):
+        packed, metadata = data.load_packed(path)
+        if verifier.fingerprint is not None and metadata["fingerprint"] == verifier.fingerprint:
+            return packed.rows
+    config = SelfDataConfig(num_rows=num_rows or 1024)
+    SelfData(TransformersEngine(verifier), tokenizer, config).write(directory / "self_data")
+    return load_rows(directory / "self_data")[0]
+
+
+def regenerate(
+    conversations: Sequence[Conversation], verifier: Verifier, tokenizer: Any, max_length: int
+) -> list[EncodedRow]:
+    """Let the verifier write the replies of given conversations anew, greedily.
+
+    Later turns see the regenerated history. Each reply gives a row of its own, with exactly the
+    ids that the verifier produced.
+
+    Args:
+        conversations: their user and system turns are kept.
+        verifier: the base.
+        tokenizer: the base's.
+        max_length: prompt and reply together, in tokens.
+    """
+    engine = TransformersEngine(verifier)
+    histories: list[list[dict[str, str]]] = [[] for _ in conversations]
+    rows: list[EncodedRow] = []
+    for index in range(max(len(conversation) for conversation in conversations)):
+        asked: list[tuple[int, list[int]]] = []
+        for number, conversation in enumerate(conversations):
+            turn = conversation[index] if index < len(conversation) else None
+            if turn is not None and turn.role == "assistant" and histories[number]:
+                asked.append((number, data.render(tokenizer, histories[number], ask=True)))
+            elif turn is not None and turn.role != "assistant":
+                histories[number].append({"role": turn.role, "content": turn.content})
+        asked = [(number, ids) for number, ids in asked if len(ids) < max_length - 1]
+        requests = [Request(ids, seed=number, temperature=0.0) for number, ids in asked]
+        replies = engine.generate(requests, max_length) if requests else []
+        for (number, ids), reply in zip(asked, replies, strict=True):
+            reply = cut_loop(reply)[: max_length - len(ids)]
+            rows.append(EncodedRow(ids + reply, [False] * len(ids) + [True] * len(reply)))
+            text = tokenizer.decode(reply, skip_special_tokens=True)
+            histories[number].append({"role": "assistant", "content": text})
+    if not rows:
+        raise DataError("no reply to regenerate: expected conversations with a user turn before an assistant turn")
+    return rows
+
+
 def _chunk_path(directory: Path, index: int) -> Path:
     return directory / f"chunk-{index:05d}.json"
 
@@ -305,7 +359,7 @@ def make_engine(name: str, model: str, tokenizer: Any, max_model_len: int = 1024
     if name == "auto":
         name = "vllm" if importlib.util.find_spec("vllm") else "transformers"
     if name == "transformers":
-        return TransformersEngine(model)
+        return TransformersEngine(Verifier.from_pretrained(model))
     if importlib.util.find_spec("vllm") is None:
         raise UsageError("--engine vllm: vLLM is not installed; pip install '.[vllm]' or use --engine transformers")
     directory = str(assets.model_directory(model)) if assets.is_asset(model) else model

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from recurrent_drafting import beam_search, losses
 from recurrent_drafting.config import BeamConfig
+from recurrent_drafting.data import TokenDataset
 from recurrent_drafting.draft_tree import DraftTree
 from recurrent_drafting.drafter import Drafter
 from recurrent_drafting.errors import DataError, NumericsError, UsageError
@@ -24,6 +24,7 @@ from recurrent_drafting.metrics import DecodingStats, MeanMetrics
 from recurrent_drafting.verifier import Verifier
 
 OBJECTIVES = ("ce", "kl")
+AUTO_DRAFT_VOCABULARY = 8192
 
 
 @dataclass
@@ -322,6 +323,34 @@ def _inverse(draft_token_ids: Tensor, vocab_size: int) -> Tensor:
     inverse = torch.full((vocab_size,), -1, device=draft_token_ids.device)
     inverse[draft_token_ids] = torch.arange(len(draft_token_ids), device=draft_token_ids.device)
     return inverse
+
+
+def choose_draft_vocabulary(rows: TokenDataset, size: str, vocab_size: int) -> tuple[Tensor, float]:
+    """Choose the tokens that may be drafted: the most frequent ones of the training replies.
+
+    Room that the replies leave is filled with the lowest ids, which byte-pair vocabularies give to
+    their most common pieces.
+
+    Args:
+        rows: training rows.
+        size: a number of tokens, 0 for all, or "auto" (all of a small vocabulary, else 8,192).
+        vocab_size: the verifier's V.
+
+    Returns:
+        Token ids in rising order, int64 ``[V_d]``, and the share of reply tokens they cover.
+
+    Raises:
+        UsageError: not a size.
+    """
+    if size != "auto" and not (size.isdigit() and int(size) <= vocab_size):
+        raise UsageError(f"draft_vocab_size must be auto or in 0..{vocab_size}, got {size!r}")
+    count = min(vocab_size, AUTO_DRAFT_VOCABULARY) if size == "auto" else int(size) or vocab_size
+    frequency = torch.zeros(vocab_size, dtype=torch.long)
+    for row in rows.rows:
+        ids = torch.tensor(row.input_ids)[torch.tensor(row.loss_mask)]
+        frequency += ids.bincount(minlength=vocab_size)
+    chosen = frequency.sort(descending=True, stable=True).indices[:count].sort().values
+    return chosen, float(frequency[chosen].sum() / max(int(frequency.sum()), 1))
 
 
 def initialise_from_verifier(drafter: Drafter, verifier: Verifier, draft_token_ids: Tensor) -> None:

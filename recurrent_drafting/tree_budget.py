@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from recurrent_drafting import beam_search
+from recurrent_drafting.config import BeamConfig
 from recurrent_drafting.draft_tree import DraftTree
+from recurrent_drafting.drafter import Drafter
 from recurrent_drafting.verifier import Verifier
 
 # Tree sizes that are timed; a step verifies one of them, so shapes stay few.
@@ -32,35 +34,39 @@ class LatencyCurve:
 
     @classmethod
     def measure(
-        cls, verifier: Verifier, max_nodes: int, *, prefix_length: int = 128, repeats: int = 5, batch_size: int = 1
+        cls, verifier: Verifier, drafter: Drafter, beam: BeamConfig, *, prefix_length: int = 128, repeats: int = 5
     ) -> LatencyCurve:
-        """Time verify forwards over chains of growing size behind a prefix.
+        """Time the draft, and verify forwards over chains of growing size behind a prefix.
 
         Args:
             verifier: the base model.
-            max_nodes: largest tree.
+            drafter: in the verifier's dtype and on its device.
+            beam: shape of the beams; the largest tree holds all of them.
             prefix_length: committed tokens in the cache.
-            repeats: forwards per size; sizes take turns, the median counts.
-            batch_size: rows B.
+            repeats: timed forwards per size; sizes take turns, the median counts.
         """
-        sizes = sorted({n for n in NODE_COUNTS if n < max_nodes} | {max_nodes})
-        window = verifier.context_window
-        if window is not None:
-            prefix_length = max(1, min(prefix_length, window - 1))
-        cache = verifier.new_cache(batch_size, prefix_length + max_nodes)
-        verifier.prefill([[1] * prefix_length] * batch_size, cache)
-        samples: dict[int, list[float]] = {n: [] for n in sizes}
+        most = beam.width * beam.length + 1
+        sizes = sorted({n for n in NODE_COUNTS if n < most} | {most})
+        if verifier.context_window is not None:
+            prefix_length = max(1, min(prefix_length, verifier.context_window - 1))
+        cache = verifier.new_cache(1, prefix_length + most)
+        hidden = verifier.prefill([[1] * prefix_length], cache).hidden[:, 0]
+        samples: dict[int, list[float]] = {n: [] for n in [0, *sizes]}
+        root = torch.ones(1, dtype=torch.long, device=verifier.device)
         for _ in range(repeats + 1):
+            start = time.perf_counter()
+            with torch.inference_mode():
+                beams = beam_search.draft(drafter, hidden, root, verifier.embed, beam)
+                DraftTree.from_beams(root, beams).parents.tolist()  # waits for the device
+            samples[0].append(time.perf_counter() - start)
             for size in sizes:
-                tree = _chain(size, batch_size, verifier.device)
                 start = time.perf_counter()
-                logits = verifier.verify(tree, cache).logits
-                logits[:, 0].argmax(dim=-1).tolist()  # waits for the device
+                verifier.verify(_chain(size, verifier.device), cache).logits[0, 0].argmax().item()
                 samples[size].append(time.perf_counter() - start)
         # The first round warms up. A curve never falls: noise must not make a larger tree "cheaper".
-        medians = [sorted(samples[n][1:])[repeats // 2] for n in sizes]
-        rising = [max(medians[: index + 1]) for index in range(len(medians))]
-        return cls(nodes=tuple(sizes), seconds=tuple(rising))
+        medians = {n: sorted(values[1:])[repeats // 2] for n, values in samples.items()}
+        rising = [max(medians[n] for n in sizes[: index + 1]) for index in range(len(sizes))]
+        return cls(nodes=tuple(sizes), seconds=tuple(rising), draft_seconds=medians[0])
 
     def best_nodes(self, tree: DraftTree) -> int:
         """Return the tree size that maximises expected tokens per second over the batch.
@@ -84,10 +90,10 @@ class LatencyCurve:
         return min(best[1], len(expected))
 
 
-def _chain(nodes: int, batch_size: int, device: torch.device) -> DraftTree:
-    """Build trees that are a single path: as costly to verify as any of that size."""
-    index = torch.arange(nodes, device=device).expand(batch_size, -1)
-    zeros: Tensor = torch.zeros(batch_size, nodes, device=device)
+def _chain(nodes: int, device: torch.device) -> DraftTree:
+    """Build a tree that is a single path: as costly to verify as any of that size."""
+    index = torch.arange(nodes, device=device).unsqueeze(0)
+    zeros = torch.zeros(1, nodes, device=device)
     return DraftTree(
         tokens=torch.ones_like(index),
         parents=(index - 1).clamp(min=0),

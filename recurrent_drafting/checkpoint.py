@@ -1,0 +1,74 @@
+"""Load drafters: checks before anything is read, and errors that say what does not fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from recurrent_drafting.config import RecurrentDraftingConfig
+from recurrent_drafting.drafter import Drafter
+from recurrent_drafting.errors import ModelError, NetworkError
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+
+
+def is_drafter(directory: Path) -> bool:
+    """Tell whether a directory says it holds a drafter."""
+    try:
+        record = json.loads((directory / CONFIG).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and record.get("model_type") == RecurrentDraftingConfig.model_type
+
+
+def load_drafter(name_or_path: str, revision: str | None = None) -> Drafter:
+    """Load a drafter from a directory or a hub id.
+
+    Raises:
+        ModelError: missing, damaged, of another kind, or with non-finite weights.
+        NetworkError: no local path, and the hub did not give it.
+    """
+    path = Path(name_or_path)
+    if path.exists():
+        _check_directory(path)
+    try:
+        drafter, info = Drafter.from_pretrained(
+            name_or_path, revision=revision, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        if path.exists():
+            raise ModelError(f"drafter {path} does not load: {reason}; train or download it again") from error
+        raise NetworkError(
+            f"drafter {name_or_path!r} is no local path and the hub did not give it: {reason}; check the name"
+        ) from error
+    _check_weights(drafter, info, name_or_path)
+    return drafter
+
+
+def _check_directory(path: Path) -> None:
+    if not is_drafter(path):
+        raise ModelError(
+            f"{path} is no drafter: expected a {CONFIG} with model_type "
+            f"{RecurrentDraftingConfig.model_type!r}; train one with train_speculator.py"
+        )
+    if not (path / WEIGHTS).is_file():
+        pickles = sorted(item.name for item in path.glob("*") if item.suffix in {".bin", ".pt", ".pth"})
+        found = f"found {', '.join(pickles)}, which may run code when loaded" if pickles else "found none"
+        raise ModelError(
+            f"{path} holds no {WEIGHTS}: {found}; convert with safetensors.torch.save_file or train again"
+        )
+
+
+def _check_weights(drafter: Drafter, info: dict[str, object], name: str) -> None:
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = sorted(map(str, info.get(kind) or ()))  # type: ignore[call-overload]
+        if keys:
+            raise ModelError(f"drafter {name}: {kind.replace('_', ' ')} in {WEIGHTS}: {', '.join(keys)}")
+    for key, tensor in drafter.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"drafter {name}: weights {key} hold NaN or infinity; train or download it again")

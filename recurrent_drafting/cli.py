@@ -1,0 +1,78 @@
+"""What the command-line scripts share: a parser that helps, and errors as one line with a code."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from recurrent_drafting.errors import RecurrentDraftingError, UsageError
+
+_INTERRUPTED = 130
+_RESOURCES = 5
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Show defaults, and keep the line breaks of the examples."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False) or action.default == argparse.SUPPRESS:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Take flags by their exact names; name the nearest one for a misspelt flag."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", HelpFormatter)
+        kwargs["allow_abbrev"] = False
+        super().__init__(*args, **kwargs)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and refuse unknown flags with the nearest match."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unknown argument {unknown[0]}{self._nearest(unknown[0])}")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and leave with code 2."""
+        self.exit(UsageError.exit_code, f"error: {message} (see {self.prog} --help)\n")
+
+    def _nearest(self, flag: str) -> str:
+        names = [name for name in self._option_string_actions if name.startswith("--")]
+        near = difflib.get_close_matches(flag.split("=")[0], names, n=1, cutoff=0.5)
+        return f"; did you mean {near[0]}?" if near else ""
+
+
+def run(body: Callable[[], int], debug: bool) -> int:
+    """Run a script's body; turn errors of the package into one line and an exit code.
+
+    Args:
+        body: returns the exit code.
+        debug: print tracebacks too.
+    """
+    try:
+        return body()
+    except RecurrentDraftingError as error:
+        return _report(" ".join(str(error).split()), error.exit_code, debug)
+    except KeyboardInterrupt:
+        return _report("interrupted", _INTERRUPTED, debug)
+    except MemoryError as error:
+        return _report(f"out of memory: {error or 'the allocation failed'}", _RESOURCES, debug)
+    except BrokenPipeError:
+        # The reader of our output left; the interpreter must not complain when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _report(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    sys.stderr.write(f"error: {message}\n")
+    return code

@@ -1,0 +1,456 @@
+"""Evaluation: prompt files, runs, comparison with the baseline, and what they write."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from recurrent_drafting import assets, data, lossless
+from recurrent_drafting.config import BeamConfig, SamplingConfig
+from recurrent_drafting.decoding import (
+    AutoregressiveDecoder,
+    GenerationOutput,
+    SpeculativeDecoder,
+    StopFunction,
+)
+from recurrent_drafting.drafter import Drafter
+from recurrent_drafting.errors import DataError
+from recurrent_drafting.lossless import LosslessReport
+from recurrent_drafting.metrics import DecodingStats
+from recurrent_drafting.tree_budget import LatencyCurve
+from recurrent_drafting.verifier import Verifier
+
+_TURNS_PER_QUESTION = 16
+_WARM_UP_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of a prompt file."""
+
+    question_id: int | str
+    category: str
+    turns: tuple[str, ...]
+
+    def request_id(self, turn: int) -> int:
+        """Return the key of the noise of one turn: a function of the question alone."""
+        if isinstance(self.question_id, int):
+            return self.question_id * _TURNS_PER_QUESTION + turn
+        digest = hashlib.sha256(self.question_id.encode()).digest()
+        return int.from_bytes(digest[:6], "big") * _TURNS_PER_QUESTION + turn
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Settings of an evaluation.
+
+    Args:
+        base_model: as the user named it.
+        speculator_path: as the user named it, None for the baseline alone.
+        max_new_tokens: per reply.
+        max_prompt_length: prompts are cut to this many tokens.
+        batch_size: prompts decoded together.
+        turns: turns per question.
+        sampling: the pipeline's settings.
+        beam: shape of beams and tree; ``max_nodes`` None with ``auto_tree`` is chosen by cost.
+        auto_tree: choose the tree size from the measured latency curve.
+        stop: see ``generate``.
+    """
+
+    base_model: str
+    speculator_path: str | None
+    max_new_tokens: int = 100
+    max_prompt_length: int = 500
+    batch_size: int = 1
+    turns: int = 1
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    beam: BeamConfig | None = None
+    auto_tree: bool = True
+    stop: StopFunction | None = None
+
+
+@dataclass
+class _Row:
+    """One prompt and its results."""
+
+    question: Question
+    turn: int
+    prompt: list[int]
+    outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def load_questions(
+    source: str, max_num_prompts: int | None = None, *, spread: bool = False, skip_bad_rows: bool = False
+) -> tuple[list[Question], str]:
+    """Read a FastChat/Spec-Bench style file: ``question_id``, ``category``, ``turns`` per line.
+
+    Args:
+        source: a packaged name or a path.
+        max_num_prompts: questions to use; None uses all.
+        spread: take them evenly over the file instead of from its start.
+        skip_bad_rows: leave malformed rows out.
+
+    Returns:
+        The questions and a note for the user (empty if there is nothing to say).
+
+    Raises:
+        DataError: unreadable, empty or malformed.
+    """
+    path = assets.fetch(source) if assets.is_asset(source) else Path(source)
+    questions, skipped = [], 0
+    for where, row in data.read_json_rows(path):
+        try:
+            if isinstance(row, DataError):
+                raise row
+            questions.append(_question(row, where))
+        except DataError:
+            if not skip_bad_rows:
+                raise
+            skipped += 1
+    if not questions:
+        raise DataError(f"{path} holds no question: expected lines with question_id, category and turns")
+    note = f"{skipped} bad rows skipped" if skipped else ""
+    if max_num_prompts is not None and max_num_prompts > len(questions):
+        note = f"{source} has {len(questions)} prompts, {max_num_prompts} were asked for: all are used"
+    count = min(max_num_prompts or len(questions), len(questions))
+    chosen = [index * len(questions) // count for index in range(count)] if spread else range(count)
+    return [questions[index] for index in chosen], note
+
+
+def _question(row: Any, where: str) -> Question:
+    turns = row.get("turns") if isinstance(row, dict) else None
+    texts = isinstance(turns, list) and bool(turns) and all(isinstance(turn, str) for turn in turns)
+    if not texts or not isinstance(row.get("question_id"), (int, str)):
+        found = sorted(row) if isinstance(row, dict) else type(row).__name__
+        raise DataError(f"{where}: expected question_id, category and turns (a list of texts), found {found}")
+    return Question(row["question_id"], str(row.get("category", "")), tuple(turns or ()))
+
+
+def speculative_decoder(
+    verifier: Verifier, drafter: Drafter, settings: RunSettings, *, allow_base_mismatch: bool = False
+) -> SpeculativeDecoder:
+    """Build the speculative decoder that the settings describe; measures the latency curve if asked."""
+    decoder = SpeculativeDecoder(verifier, drafter, settings.beam, allow_base_mismatch=allow_base_mismatch)
+    if settings.auto_tree and decoder.beam.max_nodes is None:
+        decoder.latency = LatencyCurve.measure(verifier, decoder.drafter, decoder.beam)
+    return decoder
+
+
+class Evaluation:
+    """Run prompts through one or both decoders, batch by batch, and collect what they did.
+
+    Args:
+        verifier: the base.
+        decoder: the speculative decoder, or None.
+        tokenizer: the base's.
+        settings: of the run.
+        baseline: run the baseline too (or alone).
+    """
+
+    def __init__(
+        self,
+        verifier: Verifier,
+        decoder: SpeculativeDecoder | None,
+        tokenizer: Any,
+        settings: RunSettings,
+        *,
+        baseline: bool,
+    ) -> None:
+        self._verifier = verifier
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._speculative = decoder
+        self._decoders: dict[str, Any] = {}
+        if baseline:
+            self._decoders["baseline"] = AutoregressiveDecoder(verifier)
+        if decoder is not None:
+            self._decoders["speculative"] = decoder
+        self._stats = {name: DecodingStats() for name in self._decoders}
+        self.cut_prompts = 0
+
+    def run(self, questions: Sequence[Question]) -> dict[str, Any]:
+        """Decode every turn of every question and return the result record."""
+        settings = self._settings
+        rows: list[_Row] = []
+        self._warm_up(questions[0])
+        total = sum(min(settings.turns, len(question.turns)) for question in questions)
+        with tqdm(total=total, desc="evaluation", unit="prompt") as bar:
+            for start in range(0, len(questions), settings.batch_size):
+                rows += self._batch(questions[start : start + settings.batch_size], len(rows), bar)
+        return self._record(rows)
+
+    def _warm_up(self, question: Question) -> None:
+        prompt = self._encode([{"role": "user", "content": question.turns[0]}])
+        for decoder in self._decoders.values():
+            decoder.generate([prompt], max_new_tokens=_WARM_UP_TOKENS, sampling=self._settings.sampling)
+
+    def _batch(self, questions: Sequence[Question], done: int, bar: Any) -> list[_Row]:
+        rows: list[_Row] = []
+        histories: list[list[dict[str, str]]] = [[] for _ in questions]
+        for turn in range(self._settings.turns):
+            asked = [i for i, question in enumerate(questions) if turn < len(question.turns)]
+            if not asked:
+                break
+            for i in asked:
+                histories[i].append({"role": "user", "content": questions[i].turns[turn]})
+            batch = [_Row(questions[i], turn, self._encode(histories[i])) for i in asked]
+            names = list(self._decoders)
+            # The order alternates, so that neither decoder always runs on the warmer cache.
+            for name in names if (done + turn) % 2 == 0 else reversed(names):
+                self._decode(name, batch)
+            for i, row in zip(asked, batch, strict=True):
+                reply = row.outputs[names[0]]["tokens"]
+                histories[i].append({"role": "assistant", "content": self._text(reply)})
+            rows += batch
+            done += len(batch)
+            last = self._stats[names[-1]]
+            bar.set_postfix(tok_s=f"{last.tokens_per_second:.1f}", tau=f"{last.tau:.2f}")
+            bar.update(len(batch))
+        return rows
+
+    def _decode(self, name: str, batch: list[_Row]) -> None:
+        settings = self._settings
+        output: GenerationOutput = self._decoders[name].generate(
+            [row.prompt for row in batch],
+            max_new_tokens=settings.max_new_tokens,
+            sampling=settings.sampling,
+            stop=settings.stop,
+            request_ids=[row.question.request_id(row.turn) for row in batch],
+        )
+        self._stats[name].merge(output.stats)
+        for index, row in enumerate(batch):
+            row.outputs[name] = {
+                "tokens": output.sequences[index],
+                "finish_reason": output.finish_reasons[index],
+                "steps": output.steps[index],
+                "seconds": output.stats.seconds,
+            }
+
+    def _encode(self, messages: list[dict[str, str]]) -> list[int]:
+        """Render messages; a prompt over the limit loses the end of its last user text."""
+        limit = self._settings.max_prompt_length
+        ids = data.render(self._tokenizer, messages, ask=True)
+        if len(ids) <= limit:
+            return ids
+        self.cut_prompts += 1
+        text = self._tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"]
+        room = len(text) - (len(ids) - limit)
+        if room < 1:
+            raise DataError(
+                f"a prompt needs {len(ids)} tokens before its last turn is counted and --max_prompt_length is "
+                f"{limit}; raise it"
+            )
+        short = {**messages[-1], "content": self._tokenizer.decode(text[:room])}
+        return data.render(self._tokenizer, [*messages[:-1], short], ask=True)[:limit]
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _record(self, rows: list[_Row]) -> dict[str, Any]:
+        main = "speculative" if self._speculative else "baseline"
+        summary = self._summary(main, rows)
+        record: dict[str, Any] = {"summary": summary, "machine": machine(), "settings": self._describe()}
+        if len(self._decoders) == 2:
+            report = self._audit(rows)
+            summary |= self._comparison(rows, report)
+            record["lossless"] = asdict(report)
+        record["rows"] = [self._row_record(row, main) for row in rows]
+        return record
+
+    def _audit(self, rows: list[_Row]) -> LosslessReport:
+        assert self._speculative is not None
+        pairs = [
+            lossless.Pair(
+                prompt=row.prompt,
+                request_id=row.question.request_id(row.turn),
+                baseline=row.outputs["baseline"]["tokens"],
+                speculative=row.outputs["speculative"]["tokens"],
+            )
+            for row in rows
+        ]
+        settings = lossless.Settings(
+            sampling=self._settings.sampling,
+            max_new_tokens=self._settings.max_new_tokens,
+            eos_token_ids=self._verifier.eos_token_ids,
+            stop=self._settings.stop,
+        )
+        return lossless.audit(self._speculative, pairs, settings)
+
+    def _summary(self, main: str, rows: list[_Row]) -> dict[str, Any]:
+        settings, stats = self._settings, self._stats[main]
+        note = assets.ASSETS[settings.base_model].note if settings.base_model in assets.ASSETS else None
+        return {
+            "method": main,
+            "base_model": settings.base_model,
+            "base_note": note,
+            "speculator_path": settings.speculator_path if main == "speculative" else None,
+            "dtype": str(self._verifier.dtype).removeprefix("torch."),
+            "device": str(self._verifier.device),
+            "batch_size": settings.batch_size,
+            "temperature": settings.sampling.temperature,
+            "prompts": len(rows),
+            "cut_prompts": self.cut_prompts,
+            "tokens": stats.tokens,
+            "seconds": stats.seconds,
+            "tokens_per_second": stats.tokens_per_second,
+            "tau": stats.tau,
+            "acceptance_by_depth": stats.acceptance_by_depth,
+            "mean_tree_nodes": stats.mean_nodes,
+            "phase_seconds": stats.phase_seconds,
+        }
+
+    def _comparison(self, rows: list[_Row], report: LosslessReport) -> dict[str, Any]:
+        speedups = [_rate(row, "speculative") / _rate(row, "baseline") for row in rows if row.outputs["baseline"]["tokens"]]
+        base, ours = self._stats["baseline"], self._stats["speculative"]
+        return {
+            "baseline_tokens_per_second": base.tokens_per_second,
+            "speculative_tokens_per_second": ours.tokens_per_second,
+            "speedup_median": statistics.median(speedups) if speedups else float("nan"),
+            "speedup_min": min(speedups, default=float("nan")),
+            "speedup_max": max(speedups, default=float("nan")),
+            "speedup_total": ours.tokens_per_second / base.tokens_per_second if base.tokens else float("nan"),
+            "identical": report.identical,
+            "compared": len(rows),
+            "near_ties": report.near_ties,
+            "structural": report.structural,
+            "epsilon": report.epsilon,
+        }
+
+    def _row_record(self, row: _Row, main: str) -> dict[str, Any]:
+        output = row.outputs[main]
+        steps = output["steps"]
+        emitted = sum(step.emitted for step in steps)
+        text = self._text(output["tokens"])
+        histogram: dict[int, int] = {}
+        for step in steps:
+            histogram[step.drafted] = histogram.get(step.drafted, 0) + 1
+        record = {
+            "question_id": row.question.question_id,
+            "category": row.question.category,
+            "turn": row.turn + 1,
+            "prompt_tokens": len(row.prompt),
+            "text": text,
+            "tokens": len(output["tokens"]),
+            "seconds": output["seconds"],
+            "tau": emitted / len(steps) if steps else None,
+            "accepted": [histogram.get(depth, 0) for depth in range(max(histogram, default=0) + 1)],
+            "finish_reason": output["finish_reason"],
+            "choices": [
+                {
+                    "turns": [text],
+                    "new_tokens": [len(output["tokens"])],
+                    "wall_time": [output["seconds"]],
+                    "accept_lengths": [step.emitted for step in steps],
+                }
+            ],
+        }
+        if len(row.outputs) == 2:
+            record["baseline_seconds"] = row.outputs["baseline"]["seconds"]
+            record["baseline_tokens"] = len(row.outputs["baseline"]["tokens"])
+            record["identical"] = row.outputs["baseline"]["tokens"] == output["tokens"]
+        return record
+
+    def _describe(self) -> dict[str, Any]:
+        settings = self._settings
+        described = {
+            "max_new_tokens": settings.max_new_tokens,
+            "max_prompt_length": settings.max_prompt_length,
+            "turns": settings.turns,
+            "sampling": asdict(settings.sampling),
+        }
+        if self._speculative is not None:
+            latency = self._speculative.latency
+            described["beam"] = asdict(self._speculative.beam)
+            described["latency_curve"] = None if latency is None else asdict(latency)
+        return described
+
+
+def _rate(row: _Row, name: str) -> float:
+    output = row.outputs[name]
+    return float(len(output["tokens"]) / output["seconds"])
+
+
+def compare(
+    verifier: Verifier,
+    decoder: SpeculativeDecoder,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    settings: RunSettings,
+) -> dict[str, Any]:
+    """Run baseline and speculative decoder in turn on every prompt, and audit the texts."""
+    return Evaluation(verifier, decoder, tokenizer, settings, baseline=True).run(questions)
+
+
+def machine() -> dict[str, Any]:
+    """Describe where figures were measured: processor, threads, versions."""
+    packages = ("torch", "transformers", "datasets", "accelerate")
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in packages},
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def write_json(record: dict[str, Any], path: Path) -> None:
+    """Write a record whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(json.dumps(record, indent=2, default=str))
+    os.replace(temporary, path)
+
+
+def format_summary(summary: dict[str, Any]) -> str:
+    """Return the closing block of an evaluation."""
+    s = summary
+    base = f"{s['base_model']} ({s['base_note']})" if s.get("base_note") else s["base_model"]
+    per_prompt = s["tokens"] / max(s["prompts"], 1)
+    lines = [
+        "Evaluation summary",
+        f"  method {s['method']}, base {base}, drafter {s['speculator_path']}",
+        f"  {s['dtype']} on {s['device']}, batch {s['batch_size']}, temperature {s['temperature']}",
+        f"  {s['prompts']} prompts ({s['cut_prompts']} cut), {s['tokens']} tokens, {s['seconds']:.1f} s, "
+        f"{per_prompt:.1f} tokens/prompt, {s['tokens_per_second']:.1f} tokens/s",
+    ]
+    if s["method"] == "speculative":
+        depths = " ".join(f"{share:.2f}" for share in s["acceptance_by_depth"])
+        lines.append(
+            f"  tau {s['tau']:.3f} tokens per verifier step, acceptance by depth {depths}, "
+            f"mean tree nodes {s['mean_tree_nodes']:.1f}"
+        )
+    total = max(s["seconds"], 1e-9)
+    split = ", ".join(f"{name} {seconds / total:.1%}" for name, seconds in s["phase_seconds"].items())
+    lines.append(f"  time split: {split}")
+    if "compared" in s:
+        lines += [
+            "Against the baseline",
+            f"  speculative {s['speculative_tokens_per_second']:.1f} tok/s, baseline "
+            f"{s['baseline_tokens_per_second']:.1f} tok/s, speed-up {s['speedup_median']:.2f} "
+            f"(median; {s['speedup_min']:.2f}-{s['speedup_max']:.2f} over prompts; {s['speedup_total']:.2f} on all tokens)",
+            f"  identical outputs {s['identical']}/{s['compared']}: {s['identical']} identical, "
+            f"{s['near_ties']} rounding near-ties, {s['structural']} structural",
+        ]
+    return "\n".join(lines)

@@ -1,0 +1,289 @@
+#!/usr/bin/env python
+"""Train a recurrent drafter for a causal language model, then measure it.
+
+Examples:
+  python train_speculator.py --quick
+  python train_speculator.py --llm_name_or_path MODEL --dataset_name my_chats.jsonl --bf16
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recurrent_drafting import cli
+from recurrent_drafting.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from recurrent_drafting import Drafter, Verifier
+    from recurrent_drafting.data import TokenDataset
+    from recurrent_drafting.trainer import DrafterTrainer, TrainingArguments
+
+PACKAGED_BASE = "smollm2-135m-instruct"
+# What --quick sets; any flag given on the command line wins.
+QUICK = {
+    "llm_name_or_path": PACKAGED_BASE,
+    "dataset_name": "self",
+    "max_steps": 200,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 16,
+    "max_eval_samples": 16,
+    "learning_rate": 1e-3,
+    "weight_decay": 0.0,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 10,
+    "logging_steps": 20,
+    "save_strategy": "no",
+}
+QUICK_PROMPTS, QUICK_TOKENS = 16, 64
+
+
+def build_parser() -> cli.ArgumentParser:
+    """Describe the command line: the drafter's flags, and every field of TrainingArguments."""
+    from transformers import HfArgumentParser
+
+    from recurrent_drafting import RecurrentDraftingConfig
+    from recurrent_drafting.trainer import TrainingArguments
+
+    class Parser(cli.ArgumentParser, HfArgumentParser):
+        """Our errors and help over the fields of a dataclass."""
+
+    parser = Parser(
+        TrainingArguments, prog="train_speculator.py", description=__doc__, conflict_handler="resolve"
+    )
+    run = parser.add_argument_group("run")
+    run.add_argument("--quick", action="store_true", help="small real run on the packaged base, then a measurement")
+    run.add_argument("--llm_name_or_path", default="gpt2", help="base model: hub id, local path or packaged name")
+    run.add_argument("--drafter_name_or_path", help="drafter to start from or to evaluate")
+    run.add_argument("--phase", choices=("train", "eval"), default="train")
+    run.add_argument("--revision", help="hub revision of the base")
+    run.add_argument("--trust_remote_code", action="store_true", help="let the base run its own Python code")
+    run.add_argument("--overwrite_output_dir", action="store_true", help="write into a directory that is not empty")
+    run.add_argument("--warmup_ratio", type=float, help="share of the steps that warm up")
+    run.add_argument("--debug", action="store_true", help="print tracebacks")
+    model = parser.add_argument_group("drafter")
+    model.add_argument("--exit_dim_multiplier", type=float, default=1.0, help="exit_dim as a multiple of H")
+    model.add_argument("--draft_vocab_size", default="auto", help="tokens that may be drafted; 0 = all, or auto")
+    model.add_argument("--rnn", action=argparse.BooleanOptionalAction, default=RecurrentDraftingConfig.rnn)
+    model.add_argument("--beam_width", type=int, default=RecurrentDraftingConfig.beam_width)
+    model.add_argument("--beam_length", type=int, default=RecurrentDraftingConfig.beam_length)
+    source = parser.add_argument_group("data")
+    source.add_argument("--dataset_name", default="sharegpt", help="self, or a local .json/.jsonl/.txt file")
+    source.add_argument("--targets", choices=("ground_truth", "regenerated"), default="regenerated")
+    source.add_argument("--model_max_length", type=int, default=512, help="tokens; longer rows are cut")
+    source.add_argument("--max_train_samples", type=int)
+    source.add_argument("--max_eval_samples", type=int, default=64)
+    source.add_argument("--train_on_assistant_only", action=argparse.BooleanOptionalAction, default=True)
+    source.add_argument("--skip_bad_rows", action="store_true", help="leave malformed rows out and count them")
+    return parser
+
+
+def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, TrainingArguments]:
+    """Parse the command line; --quick changes defaults, never what was given."""
+    from dataclasses import fields
+
+    from recurrent_drafting.trainer import TrainingArguments
+
+    parser = build_parser()
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if "--quick" in argv:
+        parser.set_defaults(**QUICK, bf16=_bf16_pays(argv))
+    args = parser.parse_args(argv)
+    args.given_output_dir = args.output_dir
+    args.output_dir = args.output_dir or _default_output_dir(args)
+    if args.warmup_ratio is not None:
+        args.warmup_steps = args.warmup_ratio
+    names = {item.name for item in fields(TrainingArguments) if item.init} - {"debug"}
+    training = TrainingArguments(**{name: value for name, value in vars(args).items() if name in names})
+    if training.report_to and not training.use_wandb and "--report_to" not in argv:
+        training.report_to = []
+    return args, training
+
+
+def _bf16_pays(argv: Sequence[str]) -> bool:
+    import torch
+
+    from recurrent_drafting.verifier import resolve_device, resolve_dtype
+
+    return "--bf16" not in argv and resolve_dtype("auto", resolve_device("auto")) == torch.bfloat16
+
+
+def _default_output_dir(args: argparse.Namespace) -> str:
+    """Return ./models/<base>-recurrent-drafter; a second --quick gets a number."""
+    base = re.sub(r"[^\w.-]+", "-", Path(args.llm_name_or_path).name)
+    stem = Path("models") / f"{base}-recurrent-drafter"
+    path, number = stem, 1
+    while args.quick and path.exists():
+        number += 1
+        path = stem.with_name(f"{stem.name}-{number}")
+    return str(path)
+
+
+def check_output_dir(args: argparse.Namespace) -> None:
+    """Refuse an output directory that holds something or cannot be written.
+
+    Raises:
+        UsageError: with what to pass instead.
+    """
+    path = Path(args.output_dir)
+    goes_on = args.overwrite_output_dir or args.resume_from_checkpoint
+    try:
+        if path.exists() and any(path.iterdir()) and not goes_on:
+            raise UsageError(
+                f"--output_dir {path} is not empty: expected a new directory; pass --resume_from_checkpoint, "
+                "--overwrite_output_dir or another directory"
+            )
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output_dir {path} cannot be used: {error.strerror}; name another directory") from error
+    if not os.access(path, os.W_OK):
+        raise UsageError(f"--output_dir {path} is read-only; name another directory")
+
+
+def load_data(
+    args: argparse.Namespace, verifier: Verifier, tokenizer: PreTrainedTokenizerBase
+) -> tuple[TokenDataset, TokenDataset]:
+    """Load, cut and split the training rows: (training, evaluation)."""
+    from recurrent_drafting import data, distillation
+
+    if args.dataset_name == "self":
+        rows = distillation.self_rows(verifier, tokenizer, Path(args.output_dir), args.max_train_samples)
+    else:
+        conversations, report = data.read_conversations(Path(args.dataset_name), skip_bad_rows=args.skip_bad_rows)
+        print(f"data: {report.read} conversations from {args.dataset_name}, left out {report.skipped or 'none'}")
+        if args.targets == "regenerated":
+            rows = distillation.regenerate(conversations, verifier, tokenizer, args.model_max_length)
+        else:
+            only = args.train_on_assistant_only
+            rows = [data.encode(c, tokenizer, args.model_max_length, assistant_only=only) for c in conversations]
+    rows, cut = data.truncate(rows[: args.max_train_samples], args.model_max_length)
+    training, evaluation = data.split(rows, args.max_eval_samples)
+    print(
+        f"data: {len(training)} training rows ({training.reply_tokens} reply tokens), "
+        f"{len(evaluation)} evaluation rows, {cut} cut at {args.model_max_length} tokens"
+    )
+    return training, evaluation
+
+
+def make_drafter(args: argparse.Namespace, verifier: Verifier, rows: TokenDataset) -> Drafter:
+    """Load the drafter that was named, or make a new one that starts from the verifier."""
+    import torch
+
+    from recurrent_drafting import Drafter, RecurrentDraftingConfig
+    from recurrent_drafting.checkpoint import load_drafter
+    from recurrent_drafting.decoding import check_fit
+    from recurrent_drafting.trainer import choose_draft_vocabulary, initialise_from_verifier
+
+    if args.drafter_name_or_path:
+        drafter = load_drafter(args.drafter_name_or_path)
+        check_fit(verifier, drafter)
+        return drafter
+    token_ids, coverage = choose_draft_vocabulary(rows, args.draft_vocab_size, verifier.vocab_size)
+    print(f"draft vocabulary: {len(token_ids)} of {verifier.vocab_size} tokens, {coverage:.1%} of the reply tokens")
+    torch.manual_seed(args.seed)
+    drafter = Drafter(
+        RecurrentDraftingConfig(
+            hidden_size=verifier.hidden_size,
+            vocab_size=verifier.vocab_size,
+            exit_dim=round(verifier.hidden_size * args.exit_dim_multiplier),
+            num_draft_layers=args.drafter_num_layers,
+            rnn=args.rnn,
+            draft_vocab_size=len(token_ids),
+            num_draft_tokens=args.drafter_predict_n_tokens,
+            beam_width=args.beam_width,
+            beam_length=args.beam_length,
+            verifier_name_or_path=args.llm_name_or_path,
+            verifier_fingerprint=verifier.fingerprint,
+        )
+    )
+    initialise_from_verifier(drafter, verifier, token_ids)
+    return drafter
+
+
+def make_trainer(
+    training: TrainingArguments, verifier: Verifier, drafter: Drafter, rows: tuple[TokenDataset, TokenDataset]
+) -> DrafterTrainer:
+    """Put drafter, verifier and data together."""
+    from recurrent_drafting.data import Collator
+    from recurrent_drafting.trainer import DrafterTrainer
+
+    return DrafterTrainer(
+        drafter, verifier, training, train_dataset=rows[0], eval_dataset=rows[1], data_collator=Collator()
+    )
+
+
+def measure(args: argparse.Namespace, verifier: Verifier, drafter: Drafter, tokenizer: Any) -> Path:
+    """Decode MT-Bench prompts with drafter and baseline in turn; print and write the figures."""
+    from recurrent_drafting import evaluation
+
+    questions, _ = evaluation.load_questions("mt-bench", QUICK_PROMPTS, spread=True)
+    settings = evaluation.RunSettings(
+        base_model=args.llm_name_or_path,
+        speculator_path=str(args.output_dir),
+        max_new_tokens=QUICK_TOKENS,
+    )
+    decoder = evaluation.speculative_decoder(verifier, drafter, settings)
+    result = evaluation.compare(verifier, decoder, tokenizer, questions, settings)
+    path = Path(args.output_dir) / "quick_results.json"
+    evaluation.write_json(result, path)
+    print(evaluation.format_summary(result["summary"]))
+    evaluation.require_lossless(result["lossless"])
+    return path
+
+
+def execute(args: argparse.Namespace, training: TrainingArguments) -> int:
+    """Run what the command line asks for."""
+    from recurrent_drafting import Verifier
+    from recurrent_drafting.data import load_tokenizer
+
+    check_output_dir(args)
+    dtype = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
+    print(f"base: {args.llm_name_or_path} ({dtype})")
+    device = "cpu" if training.use_cpu else "auto"
+    verifier = Verifier.from_pretrained(
+        args.llm_name_or_path, dtype, device, revision=args.revision, trust_remote_code=args.trust_remote_code
+    )
+    tokenizer = load_tokenizer(args.llm_name_or_path, args.revision)
+    rows = load_data(args, verifier, tokenizer)
+    drafter = make_drafter(args, verifier, rows[0])
+    print(f"drafter: {drafter.num_parameters() / 1e6:.2f} M parameters")
+    trainer = make_trainer(training, verifier, drafter, rows)
+    if args.phase == "eval":
+        print(json.dumps(trainer.evaluate(), indent=2))
+        return 0
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    metrics = trainer.evaluate()
+    trainer.save_model(args.output_dir)
+    print(f"simulated tau on held-out rows: {metrics['eval_simulated_tau']:.3f}")
+    print(f"drafter saved: {args.output_dir}")
+    if args.quick:
+        print(f"results: {measure(args, verifier, drafter, tokenizer)}")
+        print(
+            "next:\n"
+            f"  python generate_speculator.py --interactive --speculator_path {args.output_dir}\n"
+            f"  python generate_speculator.py --eval_mt_bench --compare --speculator_path {args.output_dir}"
+        )
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line and run it; return the exit code."""
+    debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+
+    def body() -> int:
+        args, training = parse_arguments(argv)
+        return execute(args, training)
+
+    return cli.run(body, debug)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
