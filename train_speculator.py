@@ -222,7 +222,7 @@ def make_trainer(
 
 def measure(args: argparse.Namespace, verifier: Verifier, drafter: Drafter, tokenizer: Any) -> Path:
     """Decode MT-Bench prompts with drafter and baseline in turn; print and write the figures."""
-    from recurrent_drafting import evaluation
+    from recurrent_drafting import evaluation, lossless
 
     questions, _ = evaluation.load_questions("mt-bench", QUICK_PROMPTS, spread=True)
     settings = evaluation.RunSettings(
@@ -235,7 +235,7 @@ def measure(args: argparse.Namespace, verifier: Verifier, drafter: Drafter, toke
     path = Path(args.output_dir) / "quick_results.json"
     evaluation.write_json(result, path)
     print(evaluation.format_summary(result["summary"]))
-    evaluation.require_lossless(result["lossless"])
+    lossless.LosslessReport(**result["lossless"]).require_lossless()
     return path
 
 

@@ -13,19 +13,21 @@ import json
 import logging
 import os
 import random
+import re
+import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from recurrent_drafting import assets, data
+from recurrent_drafting import assets, cli, data
 from recurrent_drafting.config import SamplingConfig
 from recurrent_drafting.data import Conversation, EncodedRow
 from recurrent_drafting.decoding import AutoregressiveDecoder
-from recurrent_drafting.errors import DataError, UsageError
+from recurrent_drafting.errors import DataError, ResourceError, UsageError
 from recurrent_drafting.verifier import Verifier
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ OPENERS = (
 _PROMPT_TOKENS = (6, 200)
 _MIN_REPLY_TOKENS = 4
 _MAX_PROMPT_TOKENS_WRITTEN = 160
+_SETTINGS = "settings.json"
 
 
 @dataclass(frozen=True)
@@ -55,15 +58,23 @@ class Request:
         prompt: token ids.
         seed: key of its randomness; the same request always gives the same text.
         temperature: 0 is greedy.
+        min_p: least probability, as a share of the most likely token's.
     """
 
     prompt: list[int]
     seed: int
     temperature: float
+    min_p: float = 0.0
 
 
 class Engine(Protocol):
-    """Something that continues prompts with the verifier."""
+    """Something that continues prompts with the verifier.
+
+    Args:
+        name: as in ``make_engine``.
+    """
+
+    name: str
 
     def generate(self, requests: Sequence[Request], max_new_tokens: int) -> list[list[int]]:
         """Return the new token ids of each request, EOS included if produced."""
@@ -75,21 +86,35 @@ class VllmEngine:
     Args:
         model_directory: local model.
         max_model_len: longest prompt and reply together, in tokens.
-        eos_token_id: kept at the end of texts that produced it.
     """
 
-    def __init__(self, model_directory: str, max_model_len: int, eos_token_id: int) -> None:
-        from vllm import LLM  # an optional package: nothing else here may need it
+    name = "vllm"
 
-        self._eos_token_id = eos_token_id
-        self._llm = LLM(model_directory, dtype="bfloat16", max_model_len=max_model_len, max_num_seqs=64)
+    def __init__(self, model_directory: str, max_model_len: int = 1024) -> None:
+        # An optional package: nothing else here may need it.
+        self._vllm = importlib.import_module("vllm")
+        self._llm = self._vllm.LLM(
+            model_directory,
+            dtype="bfloat16",
+            max_model_len=max_model_len,
+            max_num_seqs=128,
+            max_num_batched_tokens=8 * max_model_len,
+            # vLLM 0.32 on a CPU dies when a request with a seed has its prompt split over steps.
+            enable_chunked_prefill=False,
+            enforce_eager=True,
+            disable_log_stats=True,
+        )
 
     def generate(self, requests: Sequence[Request], max_new_tokens: int) -> list[list[int]]:
         """Return the new token ids of each request, EOS included if produced."""
-        from vllm import SamplingParams
-
         parameters = [
-            SamplingParams(temperature=item.temperature, seed=item.seed, max_tokens=max_new_tokens, detokenize=False)
+            self._vllm.SamplingParams(
+                temperature=item.temperature,
+                min_p=item.min_p,
+                seed=item.seed,
+                max_tokens=max_new_tokens,
+                detokenize=False,
+            )
             for item in requests
         ]
         prompts: list[Any] = [{"prompt_token_ids": item.prompt} for item in requests]
@@ -105,6 +130,8 @@ class TransformersEngine:
         batch_size: requests per batch.
     """
 
+    name = "transformers"
+
     def __init__(self, verifier: Verifier, batch_size: int = 32) -> None:
         self._decoder = AutoregressiveDecoder(verifier)
         self._batch_size = batch_size
@@ -112,15 +139,15 @@ class TransformersEngine:
     def generate(self, requests: Sequence[Request], max_new_tokens: int) -> list[list[int]]:
         """Return the new token ids of each request, EOS included if produced."""
         texts: list[list[int]] = [[] for _ in requests]
-        order = sorted(range(len(requests)), key=lambda i: (requests[i].temperature, len(requests[i].prompt)))
-        for temperature in sorted({item.temperature for item in requests}):
-            group = [i for i in order if requests[i].temperature == temperature]
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
+        for temperature, min_p in sorted({(item.temperature, item.min_p) for item in requests}):
+            group = [i for i in order if (requests[i].temperature, requests[i].min_p) == (temperature, min_p)]
             for start in range(0, len(group), self._batch_size):
                 batch = group[start : start + self._batch_size]
                 output = self._decoder.generate(
                     [requests[i].prompt for i in batch],
                     max_new_tokens=max_new_tokens,
-                    sampling=SamplingConfig(temperature=temperature),
+                    sampling=SamplingConfig(temperature=temperature, min_p=min_p),
                     request_ids=[requests[i].seed for i in batch],
                 )
                 for i, tokens in zip(batch, output.sequences, strict=True):
@@ -137,54 +164,93 @@ class SelfDataConfig:
         chunk_rows: prompts per chunk file.
         max_new_tokens: longest reply, in tokens.
         greedy_share: share of replies at temperature 0; the others are sampled at 1.
+        prompt_temperature: temperature at which prompts are written.
+        prompt_min_p: least probability of a prompt's tokens, as a share of the most likely token's; keeps
+            a small model from drifting into noise, and costs less than a top-p.
         seed: key of everything random.
+
+    Raises:
+        UsageError: a value is out of range.
     """
 
     num_rows: int
     chunk_rows: int = 128
     max_new_tokens: int = 256
     greedy_share: float = 0.7
+    prompt_temperature: float = 1.0
+    prompt_min_p: float = 0.03
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_rows", 0), ("chunk_rows", 1), ("max_new_tokens", 1)):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name} must be >= {least}, got {getattr(self, name)}")
+        if not 0 <= self.greedy_share <= 1:
+            raise UsageError(f"greedy_share must be in [0, 1], got {self.greedy_share}")
+        SamplingConfig(temperature=self.prompt_temperature, min_p=self.prompt_min_p)
 
 
 class SelfData:
     """Write prompts and replies into a directory, chunk by chunk.
 
+    Every text has a seed made of the row's number, so that interruptions change nothing.
+
     Args:
         engine: continues prompts.
         tokenizer: the verifier's.
         config: how much of what.
+        base: name of the verifier; a directory holds one verifier's text.
         references: texts that no prompt may share a 13-gram with.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Any, config: SelfDataConfig, references: Sequence[str] = ()) -> None:
+    def __init__(
+        self, engine: Engine, tokenizer: Any, config: SelfDataConfig, base: str, references: Sequence[str] = ()
+    ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._config = config
-        self._references = [data.word_ngrams(text, 13) for text in references]
+        self._base = base
+        self._references = {ngram for text in references for ngram in data.word_ngrams(text)}
         self._header = user_header(tokenizer)
 
     def write(self, directory: Path) -> None:
-        """Write the chunks that are missing; safe to interrupt at any time."""
-        directory.mkdir(parents=True, exist_ok=True)
-        config = self._config
-        count = -(-config.num_rows // config.chunk_rows)
-        missing = [i for i in range(count) if not _chunk_path(directory, i).exists()]
-        with tqdm(total=count, initial=count - len(missing), desc="self-written data", unit="chunk") as bar:
-            tokens = 0
-            for index in missing:
-                chunk = self._chunk(index)
-                path = _chunk_path(directory, index)
-                temporary = path.with_suffix(".partial")
-                temporary.write_text(json.dumps(chunk))
-                os.replace(temporary, path)
-                tokens += sum(len(row["reply"]) for row in chunk["rows"])
-                bar.update()
-                bar.set_postfix(reply_tokens=tokens, per_second=f"{tokens / bar.format_dict['elapsed']:.0f}")
+        """Write the chunks that are missing; safe to interrupt at any time.
 
-    def _chunk(self, index: int) -> dict[str, Any]:
+        Raises:
+            UsageError: the directory was begun with other settings.
+            ResourceError: it cannot be written.
+        """
+        self._claim(directory)
+        config = self._config
+        starts = range(0, config.num_rows, config.chunk_rows)
+        chunks = [range(start, min(start + config.chunk_rows, config.num_rows)) for start in starts]
+        missing = [(i, numbers) for i, numbers in enumerate(chunks) if _prompts_written(directory, i) < len(numbers)]
+        with tqdm(total=len(chunks), initial=len(chunks) - len(missing), desc="self-written data", unit="chunk") as bar:
+            tokens = 0
+            for index, numbers in missing:
+                chunk = self._chunk(numbers)
+                _write_json(_chunk_path(directory, index), chunk)
+                tokens += sum(len(row["reply"]) for row in chunk["rows"])
+                bar.set_postfix(reply_tokens=tokens, per_second=f"{tokens / bar.format_dict['elapsed']:.0f}")
+                bar.update()
+
+    def _claim(self, directory: Path) -> None:
+        wanted = {"base": self._base, "engine": self._engine.name, **asdict(self._config)}
+        del wanted["num_rows"]
+        path = directory / _SETTINGS
+        if not path.exists():
+            if any(directory.glob("chunk-*.json")):
+                raise UsageError(f"{directory} holds chunks but no {_SETTINGS}; name another directory")
+            _write_json(path, wanted)
+            return
+        found = json.loads(path.read_text())
+        pairs = [(name, found.get(name), value) for name, value in wanted.items()]
+        changed = [f"{name} {before!r}, now {value!r}" for name, before, value in pairs if before != value]
+        if changed:
+            raise UsageError(f"{directory} was begun with {'; '.join(changed)}; repeat those or name another directory")
+
+    def _chunk(self, numbers: Sequence[int]) -> dict[str, Any]:
         config, rejected = self._config, data.ReadReport()
-        numbers = range(index * config.chunk_rows, (index + 1) * config.chunk_rows)
         prompts = []
         for number, text in zip(numbers, self._write_prompts(numbers), strict=True):
             reason = self._refusal(text)
@@ -193,25 +259,28 @@ class SelfData:
             else:
                 prompts.append((number, text))
         requests = [self._reply_request(number, text) for number, text in prompts]
-        rows = []
-        for request, tokens in zip(requests, self._engine.generate(requests, config.max_new_tokens), strict=True):
-            reply = cut_loop(tokens)
-            if len(reply) < _MIN_REPLY_TOKENS:
-                rejected.skip("short reply")
-            else:
-                rows.append({"prompt": request.prompt, "reply": reply, "greedy": request.temperature == 0})
+        replies = self._engine.generate(requests, config.max_new_tokens)
+        rows = [
+            {"prompt": request.prompt, "reply": reply, "greedy": request.temperature == 0}
+            for request, reply in zip(requests, replies, strict=True)
+        ]
         return {"rows": rows, "rejected": rejected.skipped}
 
     def _write_prompts(self, numbers: Sequence[int]) -> list[str]:
-        requests, openers = [], []
-        for number in numbers:
-            opener = random.Random(f"{self._config.seed}/{number}").choice(OPENERS)
-            ids = self._header + self._tokenizer(opener, add_special_tokens=False)["input_ids"]
-            requests.append(Request(ids, seed=self._key(number, 0), temperature=1.0))
-            openers.append(opener)
+        config, tokenizer = self._config, self._tokenizer
+        openers = [random.Random(f"{config.seed}/{number}").choice(OPENERS) for number in numbers]
+        requests = [
+            Request(
+                self._header + tokenizer(opener, add_special_tokens=False)["input_ids"],
+                seed=self._key(number, 0),
+                temperature=config.prompt_temperature,
+                min_p=config.prompt_min_p,
+            )
+            for number, opener in zip(numbers, openers, strict=True)
+        ]
         texts = self._engine.generate(requests, _MAX_PROMPT_TOKENS_WRITTEN)
         return [
-            opener + self._tokenizer.decode(tokens[:-1]) if tokens and tokens[-1] == self._tokenizer.eos_token_id else ""
+            opener + tokenizer.decode(tokens[:-1]) if tokens and tokens[-1] == tokenizer.eos_token_id else ""
             for opener, tokens in zip(openers, texts, strict=True)
         ]
 
@@ -249,49 +318,122 @@ def user_header(tokenizer: Any) -> list[int]:
     return list(tokenizer(text.split(mark)[0], add_special_tokens=False)["input_ids"])
 
 
-def cut_loop(tokens: list[int], longest_period: int = 64, copies: int = 3) -> list[int]:
-    """Shorten a reply that ends in a loop to the loop's first two rounds.
+def cut_loop(tokens: list[int], reach: int = 128, novelty: float = 0.1, keep: int = 64) -> list[int]:
+    """Shorten a reply that ends in a loop, exact or nearly so, and keep the loop's beginning.
 
-    The first rounds stay: the verifier loops when it serves as well, and the drafter must follow
-    it into the loop.
+    A token is novel if the 4-gram that it ends did not end within the ``reach`` tokens before. The
+    loop is the longest end of the reply with at most a share ``novelty`` of such tokens; its first
+    ``keep`` tokens stay, because the verifier loops when it serves as well, and the drafter must
+    follow it into the loop.
 
     Args:
         tokens: a reply.
-        longest_period: longest loop looked for, in tokens.
-        copies: rounds at the end that make a loop.
+        reach: tokens looked back.
+        novelty: share of novel tokens in a loop.
+        keep: tokens of the loop that stay.
     """
-    for period in range(1, longest_period + 1):
-        if len(tokens) < copies * period or tokens[-period:] * copies != tokens[-copies * period :]:
-            continue
-        start = len(tokens) - copies * period
-        while start > 0 and tokens[start - 1] == tokens[start - 1 + period]:
-            start -= 1
-        return tokens[: max(start + 2 * period, 1)]
-    return tokens
+    last: dict[tuple[int, ...], int] = {}
+    novel = []
+    for index in range(len(tokens)):
+        gram = tuple(tokens[max(index - 3, 0) : index + 1])
+        novel.append(index - last.get(gram, -reach - 1) > reach)
+        last[gram] = index
+    start, count = len(tokens), 0
+    for index in range(len(tokens) - 1, -1, -1):
+        count += novel[index]
+        if not novel[index] and count <= novelty * (len(tokens) - index):
+            start = index
+    return tokens[: start + keep]
 
 
-def load_rows(directory: Path) -> tuple[list[EncodedRow], dict[str, int]]:
-    """Read a directory of chunks: rows without repeated prompts, and what was left out by reason.
+@dataclass
+class SelfDataReport(data.ReadReport):
+    """What became of the prompts of a directory.
+
+    Args:
+        prompts: written.
+        loops: replies that were cut where a loop began.
+        ended: replies that end with an end-of-turn token; the others were cut.
+    """
+
+    prompts: int = 0
+    loops: int = 0
+    ended: int = 0
+
+
+def load_rows(
+    directory: Path, tokenizer: Any, max_reply_tokens: int | None = None
+) -> tuple[list[EncodedRow], SelfDataReport]:
+    """Read a directory of chunks; leave out repeated prompts and short replies, cut loops.
+
+    Args:
+        directory: what ``SelfData.write`` filled.
+        tokenizer: the verifier's.
+        max_reply_tokens: rows are taken in order until they hold this many reply tokens.
 
     Raises:
-        DataError: no complete chunk there.
+        DataError: no row there, or a damaged chunk.
     """
-    report, rows = data.ReadReport(), []
-    seen: set[tuple[int, ...]] = set()
+    report, rows, total = SelfDataReport(), list[EncodedRow](), 0
+    seen: set[str] = set()
     for path in sorted(directory.glob("chunk-*.json")):
-        chunk = json.loads(path.read_text())
+        if max_reply_tokens is not None and total >= max_reply_tokens:
+            break
+        chunk = _read_chunk(path)
+        report.prompts += _prompts(chunk)
         for reason, count in chunk["rejected"].items():
-            report.skipped[reason] = report.skipped.get(reason, 0) + count
+            report.skip(reason, count)
         for row in chunk["rows"]:
-            if tuple(row["prompt"]) in seen:
-                report.skip("repeated prompt")
+            prompt, reply = row["prompt"], cut_loop(row["reply"])
+            text = _normalise(tokenizer.decode(prompt))
+            reason = "repeated prompt" if text in seen else "short reply" if len(reply) < _MIN_REPLY_TOKENS else ""
+            if reason:
+                report.skip(reason)
                 continue
-            seen.add(tuple(row["prompt"]))
-            prompt, reply = row["prompt"], row["reply"]
-            rows.append(EncodedRow(prompt + reply, [False] * len(prompt) + [True] * len(reply)))
+            seen.add(text)
+            report.loops += len(reply) < len(row["reply"])
+            report.ended += reply[-1] == tokenizer.eos_token_id
+            total += len(reply)
+            rows.append(EncodedRow(prompt + reply, [False] * len(prompt) + [True] * len(reply), greedy=row["greedy"]))
+    report.read = len(rows)
     if not rows:
-        raise DataError(f"{directory} holds no complete chunk of self-written data; run the command again")
-    return rows, report.skipped
+        raise DataError(f"{directory}: expected chunks of self-written data with rows, got none; run the command again")
+    return rows, report
+
+
+def _normalise(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def pack(rows: Sequence[EncodedRow], report: SelfDataReport, path: Path, settings: dict[str, Any]) -> None:
+    """Write rows to one safetensors file that says how they were made.
+
+    Args:
+        rows: what ``load_rows`` gave.
+        report: counts of the same.
+        path: the file.
+        settings: of the run: ``base``, ``engine`` and the fields of ``SelfDataConfig`` without
+            ``num_rows``, as its directory holds them; ``fingerprint`` of the base.
+    """
+    counts = {
+        **asdict(report),
+        "reply_tokens": sum(sum(row.loss_mask) for row in rows),
+        "greedy_rows": sum(bool(row.greedy) for row in rows),
+    }
+    flags = ("engine", "max_new_tokens", "greedy_share", "prompt_temperature", "prompt_min_p", "seed")
+    command = [
+        *("python -m recurrent_drafting.distillation --llm_name_or_path", Path(settings["base"]).name),
+        *("--output_dir self_data --num_rows", str(report.prompts), "--pack", path.name),
+        *(f"--{name} {settings[name]}" for name in flags),
+    ]
+    metadata = {
+        "base": Path(settings["base"]).name,
+        "fingerprint": settings["fingerprint"] or "",
+        "settings": json.dumps({name: settings[name] for name in settings if name not in ("base", "fingerprint")}),
+        "counts": json.dumps(counts),
+        "command": " ".join(command),
+    }
+    data.save_packed(rows, path, metadata)
 
 
 def self_rows(verifier: Verifier, tokenizer: Any, directory: Path, num_rows: int | None) -> list[EncodedRow]:
@@ -305,26 +447,30 @@ def self_rows(verifier: Verifier, tokenizer: Any, directory: Path, num_rows: int
     """
     for path in sorted((Path(__file__).parent / "data").glob("*-self.safetensors")):
         packed, metadata = data.load_packed(path)
-        if verifier.fingerprint is not None and metadata["fingerprint"] == verifier.fingerprint:
+        if verifier.fingerprint is not None and metadata.get("fingerprint") == verifier.fingerprint:
             return packed.rows
     config = SelfDataConfig(num_rows=num_rows or 1024)
-    SelfData(TransformersEngine(verifier), tokenizer, config).write(directory / "self_data")
-    return load_rows(directory / "self_data")[0]
+    writer = SelfData(TransformersEngine(verifier), tokenizer, config, verifier.name_or_path)
+    writer.write(directory / "self_data")
+    return load_rows(directory / "self_data", tokenizer)[0]
 
 
 def regenerate(
     conversations: Sequence[Conversation], verifier: Verifier, tokenizer: Any, max_length: int
 ) -> list[EncodedRow]:
-    """Let the verifier write the replies of given conversations anew, greedily.
+    """Let the verifier answer the user turns of given conversations, greedily.
 
     Later turns see the regenerated history. Each reply gives a row of its own, with exactly the
     ids that the verifier produced.
 
     Args:
-        conversations: their user and system turns are kept.
+        conversations: their user and system turns are kept, their replies are not read.
         verifier: the base.
         tokenizer: the base's.
         max_length: prompt and reply together, in tokens.
+
+    Raises:
+        DataError: no user turn, or none with room for a reply.
     """
     engine = TransformersEngine(verifier)
     histories: list[list[dict[str, str]]] = [[] for _ in conversations]
@@ -333,20 +479,24 @@ def regenerate(
         asked: list[tuple[int, list[int]]] = []
         for number, conversation in enumerate(conversations):
             turn = conversation[index] if index < len(conversation) else None
-            if turn is not None and turn.role == "assistant" and histories[number]:
+            if turn is None or turn.role == "assistant":
+                continue
+            histories[number].append({"role": turn.role, "content": turn.content})
+            if turn.role == "user":
                 asked.append((number, data.render(tokenizer, histories[number], ask=True)))
-            elif turn is not None and turn.role != "assistant":
-                histories[number].append({"role": turn.role, "content": turn.content})
         asked = [(number, ids) for number, ids in asked if len(ids) < max_length - 1]
         requests = [Request(ids, seed=number, temperature=0.0) for number, ids in asked]
         replies = engine.generate(requests, max_length) if requests else []
         for (number, ids), reply in zip(asked, replies, strict=True):
             reply = cut_loop(reply)[: max_length - len(ids)]
-            rows.append(EncodedRow(ids + reply, [False] * len(ids) + [True] * len(reply)))
+            rows.append(EncodedRow(ids + reply, [False] * len(ids) + [True] * len(reply), greedy=True))
             text = tokenizer.decode(reply, skip_special_tokens=True)
             histories[number].append({"role": "assistant", "content": text})
     if not rows:
-        raise DataError("no reply to regenerate: expected conversations with a user turn before an assistant turn")
+        raise DataError(
+            f"no reply to regenerate: expected user turns shorter than {max_length} tokens, got none in "
+            f"{len(conversations)} conversations; raise --model_max_length or use --targets ground_truth"
+        )
     return rows
 
 
@@ -354,77 +504,104 @@ def _chunk_path(directory: Path, index: int) -> Path:
     return directory / f"chunk-{index:05d}.json"
 
 
-def make_engine(name: str, model: str, tokenizer: Any, max_model_len: int = 1024) -> Engine:
-    """Build the engine by name: auto (vLLM where it is installed), vllm or transformers."""
-    if name == "auto":
-        name = "vllm" if importlib.util.find_spec("vllm") else "transformers"
-    if name == "transformers":
+def _read_chunk(path: Path) -> dict[str, Any]:
+    try:
+        chunk: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise DataError(f"{path} is no chunk of self-written data: {error}; delete it and run again") from error
+    return chunk
+
+
+def _prompts_written(directory: Path, index: int) -> int:
+    path = _chunk_path(directory, index)
+    return _prompts(_read_chunk(path)) if path.exists() else 0
+
+
+def _prompts(chunk: dict[str, Any]) -> int:
+    return len(chunk["rows"]) + sum(int(count) for count in chunk["rejected"].values())
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(content))
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ResourceError(
+            f"{path} cannot be written: {error.strerror}; free space or name another --output_dir, then run again"
+        ) from error
+
+
+def make_engine(name: str, model: str) -> Engine:
+    """Build the engine by name: auto (vLLM where it is installed), vllm or transformers.
+
+    Raises:
+        UsageError: vLLM is asked for and not installed.
+    """
+    installed = importlib.util.find_spec("vllm") is not None
+    if name == "vllm" and not installed:
+        raise UsageError("--engine vllm: vLLM is not installed; install it or use --engine transformers")
+    if name == "transformers" or not installed:
         return TransformersEngine(Verifier.from_pretrained(model))
-    if importlib.util.find_spec("vllm") is None:
-        raise UsageError("--engine vllm: vLLM is not installed; pip install '.[vllm]' or use --engine transformers")
-    directory = str(assets.model_directory(model)) if assets.is_asset(model) else model
-    return VllmEngine(directory, max_model_len, tokenizer.eos_token_id)
+    return VllmEngine(str(assets.model_directory(model)) if assets.is_asset(model) else model)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> cli.ArgumentParser:
     """Describe the command line."""
-    parser = argparse.ArgumentParser(prog="python -m recurrent_drafting.distillation", description=__doc__)
+    parser = cli.ArgumentParser(prog="python -m recurrent_drafting.distillation", description=__doc__)
     parser.add_argument("--llm_name_or_path", default="smollm2-135m-instruct", help="instruct model that writes")
     parser.add_argument("--output_dir", type=Path, required=True, help="directory of chunk files; a rerun goes on")
-    parser.add_argument("--num_rows", type=int, default=2048, help="prompts to write")
+    parser.add_argument("--num_rows", type=int, default=2048, help="prompts to write; 0 only packs what is there")
     parser.add_argument("--max_new_tokens", type=int, default=SelfDataConfig.max_new_tokens, help="longest reply")
-    parser.add_argument("--greedy_share", type=float, default=SelfDataConfig.greedy_share)
-    parser.add_argument("--seed", type=int, default=SelfDataConfig.seed)
-    parser.add_argument("--engine", choices=("auto", "vllm", "transformers"), default="auto")
+    parser.add_argument(
+        "--greedy_share", type=float, default=SelfDataConfig.greedy_share, help="share of greedy replies"
+    )
+    parser.add_argument(
+        "--prompt_temperature", type=float, default=SelfDataConfig.prompt_temperature, help="of written prompts"
+    )
+    parser.add_argument(
+        "--prompt_min_p",
+        type=float,
+        default=SelfDataConfig.prompt_min_p,
+        help="least relative probability of their tokens",
+    )
+    parser.add_argument("--seed", type=int, default=SelfDataConfig.seed, help="key of everything random")
+    parser.add_argument("--engine", choices=("auto", "vllm", "transformers"), default="auto", help="what generates")
     parser.add_argument("--pack", type=Path, help="also write the rows to this safetensors file")
     parser.add_argument("--pack_reply_tokens", type=int, help="stop packing after this many reply tokens")
+    parser.add_argument("--debug", action="store_true", help="print tracebacks")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line."""
-    from transformers import AutoTokenizer
-
-    args = build_parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO)
+def execute(args: argparse.Namespace) -> int:
+    """Write and pack what the command line asks for."""
     name = args.llm_name_or_path
-    directory = str(assets.model_directory(name)) if assets.is_asset(name) else name
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    config = SelfDataConfig(
-        num_rows=args.num_rows, max_new_tokens=args.max_new_tokens, greedy_share=args.greedy_share, seed=args.seed
-    )
+    tokenizer = data.load_tokenizer(name)
     if args.num_rows:
+        names = {item.name for item in fields(SelfDataConfig)} - {"chunk_rows"}
+        config = SelfDataConfig(**{name: getattr(args, name) for name in names})
         turns = [turn for _, row in data.read_json_rows(assets.fetch("mt-bench")) for turn in row["turns"]]
-        engine = make_engine(args.engine, name, tokenizer)
-        SelfData(engine, tokenizer, config, turns).write(args.output_dir)
+        SelfData(make_engine(args.engine, name), tokenizer, config, name, turns).write(args.output_dir)
     if args.pack:
-        rows, skipped = load_rows(args.output_dir)
-        rows = _first_reply_tokens(rows, args.pack_reply_tokens)
-        metadata = {
-            "base": name,
-            "fingerprint": assets.asset_fingerprint(Path(directory)) or "",
-            "settings": json.dumps(vars(args), default=str),
-            "skipped": json.dumps(skipped),
+        rows, report = load_rows(args.output_dir, tokenizer, args.pack_reply_tokens)
+        directory = assets.model_directory(name) if assets.is_asset(name) else Path(name)
+        settings = {
+            **json.loads((args.output_dir / _SETTINGS).read_text()),
+            "fingerprint": assets.asset_fingerprint(directory),
         }
-        data.save_packed(rows, args.pack, metadata)
-        logger.info("%d rows, %d reply tokens, skipped %s", len(rows), sum(map(_reply_tokens, rows)), skipped)
+        pack(rows, report, args.pack, settings)
+        logger.info("%s: %s, %d reply tokens", args.pack, report, sum(sum(row.loss_mask) for row in rows))
     return 0
 
 
-def _reply_tokens(row: EncodedRow) -> int:
-    return sum(row.loss_mask)
-
-
-def _first_reply_tokens(rows: list[EncodedRow], limit: int | None) -> list[EncodedRow]:
-    if limit is None:
-        return rows
-    kept, total = [], 0
-    for row in rows:
-        if total >= limit:
-            break
-        kept.append(row)
-        total += _reply_tokens(row)
-    return kept
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line and run it; return the exit code."""
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO)
+    # An orderly exit ends the engine's processes too; the unfinished chunk is lost, the others stay.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    return cli.run(lambda: execute(args), args.debug)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -16,16 +18,16 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+import recurrent_drafting
 from recurrent_drafting import assets, data, lossless
 from recurrent_drafting.config import BeamConfig, SamplingConfig
 from recurrent_drafting.decoding import (
     AutoregressiveDecoder,
     GenerationOutput,
     SpeculativeDecoder,
-    StopFunction,
 )
 from recurrent_drafting.drafter import Drafter
-from recurrent_drafting.errors import DataError
+from recurrent_drafting.errors import DataError, ResourceError, UsageError
 from recurrent_drafting.lossless import LosslessReport
 from recurrent_drafting.metrics import DecodingStats
 from recurrent_drafting.tree_budget import LatencyCurve
@@ -33,6 +35,49 @@ from recurrent_drafting.verifier import Verifier
 
 _TURNS_PER_QUESTION = 16
 _WARM_UP_TOKENS = 8
+
+
+class StopStrings:
+    """End replies at the first occurrence of one of several strings.
+
+    As a stop function it keeps the tokens up to the one that completes a string, because a string
+    may begin or end inside a token; ``cut`` then removes the string and what follows from the text.
+
+    Args:
+        tokenizer: of the base.
+        strings: none of them empty.
+
+    Raises:
+        UsageError: a string is empty.
+    """
+
+    def __init__(self, tokenizer: Any, strings: Sequence[str]) -> None:
+        if not all(strings):
+            raise UsageError("--stop must be a non-empty string, got ''")
+        self.strings = tuple(strings)
+        self._tokenizer = tokenizer
+        # A token adds at least a byte, special ones aside; the slack is for those.
+        self._reach = 2 * max((len(text.encode()) for text in strings), default=0) + 8
+
+    def __call__(self, tokens: Sequence[int]) -> int | None:
+        """Return how many of a reply's tokens to keep once it holds a stop string, else None."""
+        tail = decode(self._tokenizer, tokens[-self._reach :])
+        if not any(text in tail for text in self.strings):
+            return None
+        whole = decode(self._tokenizer, tokens)
+        return len(tokens) if self.cut(whole) != whole else None
+
+    def cut(self, text: str) -> str:
+        """Return the text before the first stop string."""
+        found = [place for item in self.strings if (place := text.find(item)) >= 0]
+        return text[: min(found, default=len(text))]
+
+
+def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """Turn a reply's tokens into text, without special tokens."""
+    return str(
+        tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    )
 
 
 @dataclass(frozen=True)
@@ -59,13 +104,14 @@ class RunSettings:
         base_model: as the user named it.
         speculator_path: as the user named it, None for the baseline alone.
         max_new_tokens: per reply.
-        max_prompt_length: prompts are cut to this many tokens.
+        max_prompt_length: prompts are cut to this many tokens: the oldest turns leave first, then
+            the end of the last user text.
         batch_size: prompts decoded together.
         turns: turns per question.
         sampling: the pipeline's settings.
         beam: shape of beams and tree; ``max_nodes`` None with ``auto_tree`` is chosen by cost.
         auto_tree: choose the tree size from the measured latency curve.
-        stop: see ``generate``.
+        stop: strings that end a reply.
     """
 
     base_model: str
@@ -77,7 +123,7 @@ class RunSettings:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     beam: BeamConfig | None = None
     auto_tree: bool = True
-    stop: StopFunction | None = None
+    stop: StopStrings | None = None
 
 
 @dataclass
@@ -91,7 +137,11 @@ class _Row:
 
 
 def load_questions(
-    source: str, max_num_prompts: int | None = None, *, spread: bool = False, skip_bad_rows: bool = False
+    source: str,
+    max_num_prompts: int | None = None,
+    *,
+    spread: bool = False,
+    skip_bad_rows: bool = False,
 ) -> tuple[list[Question], str]:
     """Read a FastChat/Spec-Bench style file: ``question_id``, ``category``, ``turns`` per line.
 
@@ -108,7 +158,8 @@ def load_questions(
         DataError: unreadable, empty or malformed.
     """
     path = assets.fetch(source) if assets.is_asset(source) else Path(source)
-    questions, skipped = [], 0
+    questions: list[Question] = []
+    skipped = 0
     for where, row in data.read_json_rows(path):
         try:
             if isinstance(row, DataError):
@@ -119,13 +170,18 @@ def load_questions(
                 raise
             skipped += 1
     if not questions:
-        raise DataError(f"{path} holds no question: expected lines with question_id, category and turns")
-    note = f"{skipped} bad rows skipped" if skipped else ""
-    if max_num_prompts is not None and max_num_prompts > len(questions):
-        note = f"{source} has {len(questions)} prompts, {max_num_prompts} were asked for: all are used"
-    count = min(max_num_prompts or len(questions), len(questions))
-    chosen = [index * len(questions) // count for index in range(count)] if spread else range(count)
-    return [questions[index] for index in chosen], note
+        raise DataError(
+            f"{path} holds no question: expected lines with question_id, category and turns"
+        )
+    notes = [f"{skipped} bad rows skipped"] if skipped else []
+    wanted = len(questions) if max_num_prompts is None else max_num_prompts
+    if wanted > len(questions):
+        notes.append(
+            f"{source} has {len(questions)} prompts, {wanted} were asked for: all are used"
+        )
+    count = min(wanted, len(questions))
+    step = len(questions) / count if spread else 1
+    return [questions[int(index * step)] for index in range(count)], "; ".join(notes)
 
 
 def _question(row: Any, where: str) -> Question:
@@ -133,17 +189,40 @@ def _question(row: Any, where: str) -> Question:
     texts = isinstance(turns, list) and bool(turns) and all(isinstance(turn, str) for turn in turns)
     if not texts or not isinstance(row.get("question_id"), (int, str)):
         found = sorted(row) if isinstance(row, dict) else type(row).__name__
-        raise DataError(f"{where}: expected question_id, category and turns (a list of texts), found {found}")
+        raise DataError(
+            f"{where}: expected question_id, category and turns (a list of texts), found {found}; "
+            "fix the row or pass --skip_bad_rows"
+        )
     return Question(row["question_id"], str(row.get("category", "")), tuple(turns or ()))
 
 
 def speculative_decoder(
-    verifier: Verifier, drafter: Drafter, settings: RunSettings, *, allow_base_mismatch: bool = False
+    verifier: Verifier,
+    drafter: Drafter,
+    settings: RunSettings,
+    *,
+    allow_base_mismatch: bool = False,
+    repeats: int = 5,
 ) -> SpeculativeDecoder:
-    """Build the speculative decoder that the settings describe; measures the latency curve if asked."""
-    decoder = SpeculativeDecoder(verifier, drafter, settings.beam, allow_base_mismatch=allow_base_mismatch)
+    """Build the decoder that the settings describe; measure its latency curve if they say so.
+
+    Args:
+        verifier: the base.
+        drafter: a drafter for it.
+        settings: of the run.
+        allow_base_mismatch: see ``SpeculativeDecoder``.
+        repeats: timed forwards per tree size; few are enough for a short run.
+
+    Raises:
+        ModelError: the drafter does not fit the base.
+    """
+    decoder = SpeculativeDecoder(
+        verifier, drafter, settings.beam, allow_base_mismatch=allow_base_mismatch
+    )
     if settings.auto_tree and decoder.beam.max_nodes is None:
-        decoder.latency = LatencyCurve.measure(verifier, decoder.drafter, decoder.beam)
+        decoder.latency = LatencyCurve.measure(
+            verifier, decoder.drafter, decoder.beam, repeats=repeats
+        )
     return decoder
 
 
@@ -177,6 +256,7 @@ class Evaluation:
         if decoder is not None:
             self._decoders["speculative"] = decoder
         self._stats = {name: DecodingStats() for name in self._decoders}
+        self._runs = 0
         self.cut_prompts = 0
 
     def run(self, questions: Sequence[Question]) -> dict[str, Any]:
@@ -187,37 +267,51 @@ class Evaluation:
         total = sum(min(settings.turns, len(question.turns)) for question in questions)
         with tqdm(total=total, desc="evaluation", unit="prompt") as bar:
             for start in range(0, len(questions), settings.batch_size):
-                rows += self._batch(questions[start : start + settings.batch_size], len(rows), bar)
+                rows += self._batch(questions[start : start + settings.batch_size], bar)
         return self._record(rows)
 
     def _warm_up(self, question: Question) -> None:
-        prompt = self._encode([{"role": "user", "content": question.turns[0]}])
+        prompt, _ = self._encode([{"role": "user", "content": question.turns[0]}])
         for decoder in self._decoders.values():
-            decoder.generate([prompt], max_new_tokens=_WARM_UP_TOKENS, sampling=self._settings.sampling)
+            decoder.generate(
+                [prompt], max_new_tokens=_WARM_UP_TOKENS, sampling=self._settings.sampling
+            )
 
-    def _batch(self, questions: Sequence[Question], done: int, bar: Any) -> list[_Row]:
+    def _batch(self, questions: Sequence[Question], bar: Any) -> list[_Row]:
+        """Decode all turns of some questions; a reply enters the history of the next turn."""
         rows: list[_Row] = []
         histories: list[list[dict[str, str]]] = [[] for _ in questions]
         for turn in range(self._settings.turns):
             asked = [i for i, question in enumerate(questions) if turn < len(question.turns)]
             if not asked:
                 break
+            batch = []
             for i in asked:
                 histories[i].append({"role": "user", "content": questions[i].turns[turn]})
-            batch = [_Row(questions[i], turn, self._encode(histories[i])) for i in asked]
-            names = list(self._decoders)
-            # The order alternates, so that neither decoder always runs on the warmer cache.
-            for name in names if (done + turn) % 2 == 0 else reversed(names):
-                self._decode(name, batch)
+                prompt, cut = self._encode(histories[i])
+                self.cut_prompts += cut
+                batch.append(_Row(questions[i], turn, prompt))
+            self._decode_all(batch)
             for i, row in zip(asked, batch, strict=True):
-                reply = row.outputs[names[0]]["tokens"]
-                histories[i].append({"role": "assistant", "content": self._text(reply)})
+                # With both decoders the baseline's reply goes on, so that both see one prompt.
+                reply = self._text(next(iter(self._decoders)), row)
+                histories[i].append({"role": "assistant", "content": reply})
             rows += batch
-            done += len(batch)
-            last = self._stats[names[-1]]
+            last = self._stats[self._main]
             bar.set_postfix(tok_s=f"{last.tokens_per_second:.1f}", tau=f"{last.tau:.2f}")
             bar.update(len(batch))
         return rows
+
+    @property
+    def _main(self) -> str:
+        return "speculative" if self._speculative else "baseline"
+
+    def _decode_all(self, batch: list[_Row]) -> None:
+        """Run every decoder; the order alternates, so that none always runs on warmer memory."""
+        names = list(self._decoders)
+        for name in names if self._runs % 2 == 0 else reversed(names):
+            self._decode(name, batch)
+        self._runs += 1
 
     def _decode(self, name: str, batch: list[_Row]) -> None:
         settings = self._settings
@@ -237,30 +331,41 @@ class Evaluation:
                 "seconds": output.stats.seconds,
             }
 
-    def _encode(self, messages: list[dict[str, str]]) -> list[int]:
-        """Render messages; a prompt over the limit loses the end of its last user text."""
+    def _encode(self, messages: Sequence[dict[str, str]]) -> tuple[list[int], bool]:
+        """Render messages within the prompt limit; tell whether anything was cut."""
         limit = self._settings.max_prompt_length
-        ids = data.render(self._tokenizer, messages, ask=True)
+        kept = list(messages)
+        ids = data.render(self._tokenizer, kept, ask=True)
         if len(ids) <= limit:
-            return ids
-        self.cut_prompts += 1
-        text = self._tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"]
-        room = len(text) - (len(ids) - limit)
-        if room < 1:
-            raise DataError(
-                f"a prompt needs {len(ids)} tokens before its last turn is counted and --max_prompt_length is "
-                f"{limit}; raise it"
-            )
-        short = {**messages[-1], "content": self._tokenizer.decode(text[:room])}
-        return data.render(self._tokenizer, [*messages[:-1], short], ask=True)[:limit]
+            return ids, False
+        while len(ids) > limit and len(kept) > 2:
+            kept = kept[2:]
+            ids = data.render(self._tokenizer, kept, ask=True)
+        text = self._tokenizer(kept[-1]["content"], add_special_tokens=False)["input_ids"]
+        room = len(text)
+        while len(ids) > limit:
+            room -= len(ids) - limit
+            if room < 1:
+                raise DataError(
+                    f"--max_prompt_length {limit} leaves no room for a prompt: the chat template "
+                    "takes that many tokens by itself; raise it"
+                )
+            short = {**kept[-1], "content": decode(self._tokenizer, text[:room]).rstrip("\ufffd")}
+            ids = data.render(self._tokenizer, [*kept[:-1], short], ask=True)
+        return ids, True
 
-    def _text(self, tokens: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+    def _text(self, name: str, row: _Row) -> str:
+        text = decode(self._tokenizer, row.outputs[name]["tokens"])
+        return self._settings.stop.cut(text) if self._settings.stop else text
 
     def _record(self, rows: list[_Row]) -> dict[str, Any]:
-        main = "speculative" if self._speculative else "baseline"
+        main = self._main
         summary = self._summary(main, rows)
-        record: dict[str, Any] = {"summary": summary, "machine": machine(), "settings": self._describe()}
+        record: dict[str, Any] = {
+            "summary": summary,
+            "machine": machine(),
+            "settings": self._describe(),
+        }
         if len(self._decoders) == 2:
             report = self._audit(rows)
             summary |= self._comparison(rows, report)
@@ -289,7 +394,11 @@ class Evaluation:
 
     def _summary(self, main: str, rows: list[_Row]) -> dict[str, Any]:
         settings, stats = self._settings, self._stats[main]
-        note = assets.ASSETS[settings.base_model].note if settings.base_model in assets.ASSETS else None
+        note = (
+            assets.ASSETS[settings.base_model].note
+            if settings.base_model in assets.ASSETS
+            else None
+        )
         return {
             "method": main,
             "base_model": settings.base_model,
@@ -311,7 +420,8 @@ class Evaluation:
         }
 
     def _comparison(self, rows: list[_Row], report: LosslessReport) -> dict[str, Any]:
-        speedups = [_rate(row, "speculative") / _rate(row, "baseline") for row in rows if row.outputs["baseline"]["tokens"]]
+        replied = [row for row in rows if row.outputs["baseline"]["tokens"]]
+        speedups = [_rate(row, "speculative") / _rate(row, "baseline") for row in replied]
         base, ours = self._stats["baseline"], self._stats["speculative"]
         return {
             "baseline_tokens_per_second": base.tokens_per_second,
@@ -319,7 +429,9 @@ class Evaluation:
             "speedup_median": statistics.median(speedups) if speedups else float("nan"),
             "speedup_min": min(speedups, default=float("nan")),
             "speedup_max": max(speedups, default=float("nan")),
-            "speedup_total": ours.tokens_per_second / base.tokens_per_second if base.tokens else float("nan"),
+            "speedup_total": (
+                ours.tokens_per_second / base.tokens_per_second if base.tokens else float("nan")
+            ),
             "identical": report.identical,
             "compared": len(rows),
             "near_ties": report.near_ties,
@@ -328,13 +440,14 @@ class Evaluation:
         }
 
     def _row_record(self, row: _Row, main: str) -> dict[str, Any]:
+        """Describe one prompt; in a batch, seconds are those of the whole batch."""
         output = row.outputs[main]
         steps = output["steps"]
         emitted = sum(step.emitted for step in steps)
-        text = self._text(output["tokens"])
-        histogram: dict[int, int] = {}
+        text = self._text(main, row)
+        histogram = [0] * (max((step.drafted for step in steps), default=-1) + 1)
         for step in steps:
-            histogram[step.drafted] = histogram.get(step.drafted, 0) + 1
+            histogram[step.drafted] += 1
         record = {
             "question_id": row.question.question_id,
             "category": row.question.category,
@@ -344,7 +457,7 @@ class Evaluation:
             "tokens": len(output["tokens"]),
             "seconds": output["seconds"],
             "tau": emitted / len(steps) if steps else None,
-            "accepted": [histogram.get(depth, 0) for depth in range(max(histogram, default=0) + 1)],
+            "accepted": histogram,
             "finish_reason": output["finish_reason"],
             "choices": [
                 {
@@ -368,6 +481,7 @@ class Evaluation:
             "max_prompt_length": settings.max_prompt_length,
             "turns": settings.turns,
             "sampling": asdict(settings.sampling),
+            "stop": settings.stop.strings if settings.stop else (),
         }
         if self._speculative is not None:
             latency = self._speculative.latency
@@ -392,18 +506,47 @@ def compare(
     return Evaluation(verifier, decoder, tokenizer, settings, baseline=True).run(questions)
 
 
+def run_speculative(
+    decoder: SpeculativeDecoder,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    settings: RunSettings,
+) -> dict[str, Any]:
+    """Run the speculative decoder alone."""
+    return Evaluation(decoder.verifier, decoder, tokenizer, settings, baseline=False).run(questions)
+
+
+def run_baseline(
+    verifier: Verifier, tokenizer: Any, questions: Sequence[Question], settings: RunSettings
+) -> dict[str, Any]:
+    """Run the autoregressive baseline alone."""
+    return Evaluation(verifier, None, tokenizer, settings, baseline=True).run(questions)
+
+
 def machine() -> dict[str, Any]:
     """Describe where figures were measured: processor, threads, versions."""
-    packages = ("torch", "transformers", "datasets", "accelerate")
+    packages = ("torch", "transformers", "datasets", "accelerate", "safetensors", "tokenizers")
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "accelerators": [
+            torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
+        ],
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in packages},
+        "versions": {
+            "recurrent_drafting": recurrent_drafting.__version__,
+            **{name: _version(name) for name in packages},
+        },
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:
@@ -416,24 +559,48 @@ def _processor() -> str:
 
 
 def write_json(record: dict[str, Any], path: Path) -> None:
-    """Write a record whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a record whole or not at all; values that JSON has no word for (NaN) become null.
+
+    Raises:
+        UsageError: the path cannot be written.
+        ResourceError: the disk is full.
+    """
     temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(record, indent=2, default=str))
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(_plain(record), indent=2, ensure_ascii=False, allow_nan=False)
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        kind = ResourceError if full else UsageError
+        raise kind(f"{path} cannot be written: {error.strerror}; name another file") from error
+
+
+def _plain(value: Any) -> Any:
+    """Turn a record into what JSON knows."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def format_summary(summary: dict[str, Any]) -> str:
     """Return the closing block of an evaluation."""
     s = summary
-    base = f"{s['base_model']} ({s['base_note']})" if s.get("base_note") else s["base_model"]
+    rate = f"{s['tokens_per_second']:.1f} tokens/s"
+    base = f"{s['base_model']} ({s['base_note']})" if s["base_note"] else s["base_model"]
     per_prompt = s["tokens"] / max(s["prompts"], 1)
     lines = [
         "Evaluation summary",
-        f"  method {s['method']}, base {base}, drafter {s['speculator_path']}",
+        f"  method {s['method']}, base {base}, drafter {s['speculator_path'] or 'none'}",
         f"  {s['dtype']} on {s['device']}, batch {s['batch_size']}, temperature {s['temperature']}",
-        f"  {s['prompts']} prompts ({s['cut_prompts']} cut), {s['tokens']} tokens, {s['seconds']:.1f} s, "
-        f"{per_prompt:.1f} tokens/prompt, {s['tokens_per_second']:.1f} tokens/s",
+        f"  {s['prompts']} prompts ({s['cut_prompts']} cut), {s['tokens']} tokens, "
+        f"{s['seconds']:.1f} s, {per_prompt:.1f} tokens/prompt, {rate}",
     ]
     if s["method"] == "speculative":
         depths = " ".join(f"{share:.2f}" for share in s["acceptance_by_depth"])
@@ -442,14 +609,17 @@ def format_summary(summary: dict[str, Any]) -> str:
             f"mean tree nodes {s['mean_tree_nodes']:.1f}"
         )
     total = max(s["seconds"], 1e-9)
-    split = ", ".join(f"{name} {seconds / total:.1%}" for name, seconds in s["phase_seconds"].items())
+    split = ", ".join(
+        f"{name} {seconds / total:.1%}" for name, seconds in s["phase_seconds"].items()
+    )
     lines.append(f"  time split: {split}")
     if "compared" in s:
         lines += [
             "Against the baseline",
             f"  speculative {s['speculative_tokens_per_second']:.1f} tok/s, baseline "
             f"{s['baseline_tokens_per_second']:.1f} tok/s, speed-up {s['speedup_median']:.2f} "
-            f"(median; {s['speedup_min']:.2f}-{s['speedup_max']:.2f} over prompts; {s['speedup_total']:.2f} on all tokens)",
+            f"(median; {s['speedup_min']:.2f}-{s['speedup_max']:.2f} over prompts; "
+            f"{s['speedup_total']:.2f} on all tokens)",
             f"  identical outputs {s['identical']}/{s['compared']}: {s['identical']} identical, "
             f"{s['near_ties']} rounding near-ties, {s['structural']} structural",
         ]

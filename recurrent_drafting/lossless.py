@@ -8,14 +8,14 @@ can fall the other way. A difference counts as such a near-tie only if
     epsilon is measured on the plain model: its forward over a whole text against its own
     token-by-token forward, without our tree and without our cache.
 
-Everything else is a structural difference: a bug.
+Everything else, and any difference in float64, is a structural difference: a bug.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -32,7 +32,14 @@ _RERUN_BATCH = 8
 
 @dataclass(frozen=True)
 class Pair:
-    """One prompt and what the two decoders made of it, as token ids."""
+    """One prompt and what the two decoders made of it.
+
+    Args:
+        prompt: token ids.
+        request_id: key of its noise.
+        baseline: the baseline's new token ids.
+        speculative: the speculative decoder's.
+    """
 
     prompt: list[int]
     request_id: int
@@ -78,8 +85,19 @@ class LosslessReport:
     def summary(self) -> str:
         """Return the verdict in one line."""
         return (
-            f"{self.identical} identical, {self.near_ties} rounding near-ties, {self.structural} structural"
+            f"{self.identical} identical, {self.near_ties} rounding near-ties, "
+            f"{self.structural} structural"
         )
+
+    def listing(self) -> str:
+        """Return the verdict, and one line per differing prompt."""
+        lines = [
+            f"  request {item['request_id']}, new token {item['position']}: baseline "
+            f"{item['baseline']}, speculative {item['speculative']}: {item['verdict']}, "
+            f"{item['reason']} (epsilon {item['epsilon']:.3g})"
+            for item in self.details
+        ]
+        return "\n".join([f"Lossless audit: {self.summary()}", *lines])
 
     def require_lossless(self) -> None:
         """Raise NumericsError if a difference is structural."""
@@ -87,7 +105,8 @@ class LosslessReport:
             first = next(item for item in self.details if item["verdict"] == "structural")
             raise NumericsError(
                 f"speculative text differs structurally from the baseline: {self.summary()}; "
-                f"first at request {first['request_id']}, new token {first['position']}: {first['reason']}; "
+                f"first at request {first['request_id']}, new token {first['position']}: "
+                f"{first['reason']}; "
                 "this is a bug, please report it with the settings"
             )
 
@@ -99,6 +118,9 @@ def audit(decoder: SpeculativeDecoder, pairs: Sequence[Pair], settings: Settings
         decoder: the speculative decoder that was run; its verifier, drafter and tree are rerun.
         pairs: prompts with both texts.
         settings: what both decoders were run with.
+
+    Returns:
+        Counts and, per differing prompt, where and why.
     """
     differing = [pair for pair in pairs if pair.baseline != pair.speculative]
     report = LosslessReport(identical=len(pairs) - len(differing))
@@ -106,18 +128,24 @@ def audit(decoder: SpeculativeDecoder, pairs: Sequence[Pair], settings: Settings
         return report
     exact = decoder.verifier.dtype == torch.float64
     same_in_float64 = [False] * len(differing) if exact else _rerun(decoder, differing, settings)
-    steps = [_token_by_token(decoder.verifier, pair) for pair in differing]
-    report.epsilon = max(gap for _, gap in steps)
-    for pair, same, (logits, _) in zip(differing, same_in_float64, steps, strict=True):
-        reason = _structural_reason(decoder.verifier, pair, settings, (logits, report.epsilon), same)
+    for found, same in zip(differing, same_in_float64, strict=True):
+        pair = _uncut(decoder, found, settings) if settings.stop else found
+        logits, epsilon = _token_by_token(decoder.verifier, pair)
+        reason = (
+            _structural_reason(pair, settings, logits, epsilon)
+            if same
+            else "the texts differ in float64 as well"
+        )
         report.structural += bool(reason)
         report.near_ties += not reason
+        report.epsilon = max(report.epsilon or 0.0, epsilon)
         report.details.append(
             {
                 "request_id": pair.request_id,
                 "position": pair.divergence,
                 "baseline": pair.baseline[pair.divergence : pair.divergence + 1],
                 "speculative": pair.speculative[pair.divergence : pair.divergence + 1],
+                "epsilon": epsilon,
                 "verdict": "structural" if reason else "near-tie",
                 "reason": reason or "equal in float64; both picks within epsilon",
             }
@@ -127,37 +155,55 @@ def audit(decoder: SpeculativeDecoder, pairs: Sequence[Pair], settings: Settings
 
 def _rerun(decoder: SpeculativeDecoder, pairs: Sequence[Pair], settings: Settings) -> list[bool]:
     """Tell for each pair whether both decoders agree in float64."""
-    verifier = Verifier(copy.deepcopy(decoder.verifier.model).to(torch.float64), decoder.verifier.name_or_path)
-    drafted = SpeculativeDecoder(verifier, decoder.drafter, decoder.beam, latency=decoder.latency)
-    plain = AutoregressiveDecoder(verifier)
+    model = copy.deepcopy(decoder.verifier.model).to(torch.float64)
+    verifier = Verifier(model, decoder.verifier.name_or_path)
+    exact = SpeculativeDecoder(verifier, decoder.drafter, decoder.beam, latency=decoder.latency)
     same = []
     for start in range(0, len(pairs), _RERUN_BATCH):
-        batch = pairs[start : start + _RERUN_BATCH]
-        texts = [
-            item.generate(
-                [pair.prompt for pair in batch],
-                max_new_tokens=settings.max_new_tokens,
-                sampling=settings.sampling,
-                eos_token_ids=settings.eos_token_ids,
-                stop=settings.stop,
-                request_ids=[pair.request_id for pair in batch],
-            ).sequences
-            for item in (plain, drafted)
-        ]
-        same += [a == b for a, b in zip(*texts, strict=True)]
+        plain, drafted = _texts(exact, pairs[start : start + _RERUN_BATCH], settings)
+        same += [a == b for a, b in zip(plain, drafted, strict=True)]
     return same
+
+
+def _texts(
+    decoder: SpeculativeDecoder, pairs: Sequence[Pair], settings: Settings
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Run the baseline and the decoder over the prompts of some pairs."""
+    plain, drafted = (
+        item.generate(
+            [pair.prompt for pair in pairs],
+            max_new_tokens=settings.max_new_tokens,
+            sampling=settings.sampling,
+            eos_token_ids=settings.eos_token_ids,
+            stop=settings.stop,
+            request_ids=[pair.request_id for pair in pairs],
+        ).sequences
+        for item in (AutoregressiveDecoder(decoder.verifier), decoder)
+    )
+    return plain, drafted
+
+
+def _uncut(decoder: SpeculativeDecoder, pair: Pair, settings: Settings) -> Pair:
+    """Give back the picks that a stop function took away, where they hide the divergence."""
+    if pair.divergence < min(len(pair.baseline), len(pair.speculative)):
+        return pair
+    plain, drafted = _texts(decoder, [pair], replace(settings, stop=None))
+    return replace(pair, baseline=plain[0], speculative=drafted[0])
 
 
 @torch.inference_mode()
 def _token_by_token(verifier: Verifier, pair: Pair) -> tuple[Tensor, float]:
-    """Run the plain model over a text in one forward and token by token.
+    """Run the plain model over the baseline's text, in one forward and token by token.
+
+    The whole reply is measured, not only what precedes the divergence: kernels often round alike
+    over the first few tokens, which says nothing of the model's rounding.
 
     Returns:
-        The token-by-token logits at the divergence, ``[V]``, and the largest gap of any logit
-        between the two ways, over the positions of the reply.
+        The token-by-token logits at the divergence, ``[V]``, and epsilon: the largest gap of any
+        logit between the two ways, over the positions of the reply.
     """
-    model, place = verifier.model, verifier.device
-    text = torch.tensor([pair.prompt + pair.baseline], device=place)
+    model = verifier.model
+    text = torch.tensor([pair.prompt + pair.baseline], device=verifier.device)
     length = len(pair.prompt)
     whole = model(input_ids=text, use_cache=False).logits[0, length - 1 :]
     cache = DynamicCache(config=model.config)
@@ -170,42 +216,49 @@ def _token_by_token(verifier: Verifier, pair: Pair) -> tuple[Tensor, float]:
     return single[pair.divergence], float((single.double() - whole.double()).abs().max())
 
 
-def _structural_reason(
-    verifier: Verifier, pair: Pair, settings: Settings, rounding: tuple[Tensor, float], same_in_float64: bool
-) -> str:
+def _structural_reason(pair: Pair, settings: Settings, logits: Tensor, epsilon: float) -> str:
     """Name why a difference is no rounding near-tie, or return an empty string."""
-    if not same_in_float64:
-        return "the texts differ in float64 as well"
     index = pair.divergence
-    if index >= len(pair.baseline) or index >= len(pair.speculative):
+    if index >= min(len(pair.baseline), len(pair.speculative)):
         return "one text is a prefix of the other"
     picks = (pair.baseline[index], pair.speculative[index])
     for pick, rival in (picks, picks[::-1]):
-        if not _reachable(verifier, pair, settings, rounding, (pick, rival)):
-            return f"token {pick} cannot be picked by moving the logits within epsilon = {rounding[1]:.3g}"
+        sampler = _sampler_at(pair, settings, logits)
+        witnesses = (_moved(logits, epsilon, pick, item) for item in (None, rival))
+        if not any(int(sampler.pick(item, [0])) == pick for item in witnesses):
+            return (
+                f"token {pick} cannot be picked by moving the logits within epsilon = {epsilon:.3g}"
+            )
     return ""
 
 
-def _reachable(
-    verifier: Verifier, pair: Pair, settings: Settings, rounding: tuple[Tensor, float], tokens: tuple[int, int]
-) -> bool:
-    """Tell whether a token wins for some logits within epsilon of the plain model's.
-
-    Two witnesses suffice: raise the token and lower all others (a lost tie), or lower the rival
-    and raise all others (a rival that a top-k, top-p or min-p boundary let in).
-    """
-    logits, epsilon = rounding
-    pick, rival = tokens
+def _sampler_at(pair: Pair, settings: Settings, logits: Tensor) -> Sampler:
+    """Put a sampler at the divergence: same text, penalties and noise as both decoders had."""
     sampler = Sampler(
-        settings.sampling, [pair.prompt], [pair.request_id], settings.eos_token_ids, len(logits), logits.device
+        settings.sampling,
+        [pair.prompt],
+        [pair.request_id],
+        settings.eos_token_ids,
+        vocab_size=len(logits),
+        device=logits.device,
     )
     for token in pair.baseline[: pair.divergence]:
         sampler.commit(0, token)
-    for favoured in (True, False):
-        moved = logits.double() + (-epsilon if favoured else epsilon)
-        moved[pick] = float(logits[pick]) + epsilon
-        if not favoured:
-            moved[rival] = float(logits[rival]) - epsilon
-        if int(sampler.pick(moved.unsqueeze(0), [0])) == pick:
-            return True
-    return False
+    return sampler
+
+
+def _moved(logits: Tensor, epsilon: float, pick: int, rival: int | None) -> Tensor:
+    """Move logits ``[V]`` by at most epsilon in favour of a token; return ``[1, V]`` in float32.
+
+    Two witnesses decide whether a token can win: all others fall (a lost tie, or a token kept out
+    by top-k, top-p or min-p), or one rival falls and all others rise (a rival that such a boundary
+    let in).
+    """
+    moved = logits.double() + (-epsilon if rival is None else epsilon)
+    moved[pick] = float(logits[pick]) + epsilon
+    if rival is not None:
+        moved[rival] = float(logits[rival]) - epsilon
+    moved = moved.float()
+    # Exactly epsilon is still within epsilon: the pick wins a tie.
+    moved[pick] = torch.nextafter(moved[pick], moved.new_tensor(torch.inf))
+    return moved.unsqueeze(0)

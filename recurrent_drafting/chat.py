@@ -1,0 +1,422 @@
+"""Text in, text out: streaming without broken characters, and the interactive chat."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from torch import Tensor
+
+from recurrent_drafting import data
+from recurrent_drafting.config import SamplingConfig
+from recurrent_drafting.decoding import AutoregressiveDecoder, SpeculativeDecoder
+from recurrent_drafting.errors import RecurrentDraftingError, UsageError
+from recurrent_drafting.evaluation import StopStrings, decode
+from recurrent_drafting.metrics import DecodingStats
+
+_GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
+_BROKEN = "\ufffd"
+_FENCE = '"""'
+# Control characters of a model must not steer the terminal; tab and line feed may pass.
+_CONTROL = {code: None for code in (*range(9), *range(11, 32), *range(127, 160))}
+HELP = """\
+/help                this list
+/reset               forget the conversation
+/stats               figures of the session
+/temperature X       0 is greedy
+/speculation on|off  the text stays the same, the speed does not
+/save FILE           write the conversation as JSON
+/exit                leave (so does end of input)
+Ctrl-C stops a reply and keeps what was said. A line that ends with \\ goes on in the next one;
+lines between two lines of \"\"\" are one message."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text that is ready to be shown, and whether its last token was drafted."""
+
+    text: str
+    drafted: bool
+
+
+class TextStream:
+    """Turn tokens into text that never has to be taken back.
+
+    Held back are bytes that do not form a character yet, and text that may be the beginning of a
+    stop string.
+
+    Args:
+        tokenizer: of the base.
+        stop: strings that end the reply, or None.
+    """
+
+    def __init__(self, tokenizer: Any, stop: StopStrings | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._tokens: list[int] = []
+        self._shown_from = self._shown_to = 0
+        self._held: list[Piece] = []
+        self._stopped = False
+
+    def push(self, token: int, drafted: bool) -> list[Piece]:
+        """Take one token; return what can be shown now."""
+        self._tokens.append(token)
+        # Decoding starts at text already shown: tokenizers treat a first token apart.
+        known = decode(self._tokenizer, self._tokens[self._shown_from : self._shown_to])
+        text = decode(self._tokenizer, self._tokens[self._shown_from :])
+        if len(text) <= len(known) or text.endswith(_BROKEN):
+            return []
+        self._shown_from, self._shown_to = self._shown_to, len(self._tokens)
+        self._held.append(Piece(text[len(known) :], drafted))
+        return self._release(final=False)
+
+    def finish(self) -> list[Piece]:
+        """Return what is left; bytes that never became a character are dropped."""
+        known = decode(self._tokenizer, self._tokens[self._shown_from : self._shown_to])
+        text = decode(self._tokenizer, self._tokens[self._shown_from :]).rstrip(_BROKEN)
+        self._shown_from = self._shown_to = len(self._tokens)
+        if len(text) > len(known):
+            self._held.append(Piece(text[len(known) :], drafted=False))
+        return self._release(final=True)
+
+    def _release(self, *, final: bool) -> list[Piece]:
+        text = "".join(piece.text for piece in self._held)
+        safe = len(text)
+        if self._stop is not None:
+            safe = len(self._stop.cut(text))
+            ended = safe < len(text)
+            if not ended and not final:
+                safe -= _longest_prefix_at_end(text, self._stop.strings)
+        else:
+            ended = False
+        pieces = [] if self._stopped else self._take(safe)
+        self._stopped = self._stopped or ended
+        return pieces
+
+    def _take(self, count: int) -> list[Piece]:
+        """Move the first ``count`` characters out of what is held."""
+        taken = []
+        while count and self._held:
+            piece = self._held.pop(0)
+            if len(piece.text) > count:
+                self._held.insert(0, replace(piece, text=piece.text[count:]))
+                piece = replace(piece, text=piece.text[:count])
+            taken.append(piece)
+            count -= len(piece.text)
+        return taken
+
+
+def _longest_prefix_at_end(text: str, strings: Sequence[str]) -> int:
+    """Return how many last characters of a text may begin one of the strings."""
+    return max(
+        (
+            size
+            for item in strings
+            for size in range(1, min(len(item), len(text) + 1))
+            if text.endswith(item[:size])
+        ),
+        default=0,
+    )
+
+
+class ReplyStreamer:
+    """Show a reply while it is decoded and count what it took.
+
+    Args:
+        stream: turns tokens into text.
+        show: gets each piece of text.
+    """
+
+    def __init__(self, stream: TextStream, show: Callable[[Piece], None]) -> None:
+        self.text = ""
+        self._stream = stream
+        self._show = show
+        self._started = time.perf_counter()
+        self._prompt_seen = False
+        self._stats = DecodingStats(rows=1)
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, then the prefill's token, then the tokens of each verifier step."""
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        tokens = value.tolist()
+        if self._stats.tokens:
+            self._stats.count_step(len(tokens) - 1)
+        else:
+            self._stats.prefill_tokens = len(tokens)
+        self._stats.tokens += len(tokens)
+        for index, token in enumerate(tokens):
+            # The last token of a step is the verifier's own.
+            self._emit(self._stream.push(token, drafted=index + 1 < len(tokens)))
+
+    def end(self) -> None:
+        """Show what was held back; also called after an interruption."""
+        self._emit(self._stream.finish())
+
+    def stats(self) -> DecodingStats:
+        """Return the counters of what was shown so far."""
+        self._stats.close(time.perf_counter() - self._started)
+        return self._stats
+
+    def _emit(self, pieces: Sequence[Piece]) -> None:
+        for piece in pieces:
+            self.text += piece.text
+            self._show(piece)
+
+
+def format_stats(stats: DecodingStats) -> str:
+    """Return tokens, seconds, speed and tau in one line."""
+    tau = f", tau {stats.tau:.2f}" if stats.row_steps else ""
+    return f"{stats.tokens} tokens, {stats.seconds:.2f} s, {stats.tokens_per_second:.1f} tok/s{tau}"
+
+
+class Terminal:
+    """Where a chat reads and writes.
+
+    Args:
+        source: lines of the user.
+        sink: what the user sees.
+    """
+
+    def __init__(self, source: TextIO, sink: TextIO) -> None:
+        self._source = source
+        self._sink = sink
+        self._asks = source.isatty() and sink.isatty()
+        dumb = os.environ.get("TERM") == "dumb"
+        self.colour = sink.isatty() and not os.environ.get("NO_COLOR") and not dumb
+        self._input = _line_editor() if self._asks and source.fileno() == 0 else None
+
+    def write(self, text: str) -> None:
+        """Write and flush."""
+        self._sink.write(text)
+        self._sink.flush()
+
+    def line(self, text: str = "") -> None:
+        """Write a line."""
+        self.write(text + "\n")
+
+    def show(self, piece: Piece) -> None:
+        """Write a piece of a reply; drafted text is coloured where there is colour."""
+        text = piece.text.translate(_CONTROL)
+        self.write(f"{_GREEN}{text}{_PLAIN}" if piece.drafted and self.colour else text)
+
+    def message(self) -> str | None:
+        """Read one message of one or more lines; None at the end of the input."""
+        lines: list[str] = []
+        fenced = False
+        while True:
+            line = self._read("> " if not lines and not fenced else ". ")
+            if line is None:
+                return "\n".join(lines) if lines else None
+            if line.strip() == _FENCE:
+                if fenced:
+                    return "\n".join(lines)
+                fenced = True
+            elif not fenced and line.endswith("\\"):
+                lines.append(line[:-1])
+            else:
+                lines.append(line)
+                if not fenced:
+                    return "\n".join(lines)
+
+    def _read(self, prompt: str) -> str | None:
+        if self._input is not None:
+            try:
+                return self._input(prompt)
+            except EOFError:
+                return None
+        if self._asks:
+            self.write(prompt)
+        line = self._source.readline()
+        return line.rstrip("\r\n") if line else None
+
+
+def _line_editor() -> Callable[[str], str]:
+    """Return ``input`` with history and whole-paste reading, where Python has readline."""
+    try:
+        import readline
+    except ImportError:
+        return input
+    readline.parse_and_bind("set enable-bracketed-paste on")
+    return input
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """What replies are made with.
+
+    Args:
+        max_new_tokens: per reply.
+        sampling: the pipeline's settings.
+        stop: strings that end a reply, or None.
+    """
+
+    max_new_tokens: int
+    sampling: SamplingConfig
+    stop: StopStrings | None = None
+
+
+class Chat:
+    """A conversation with the base, drafted or not.
+
+    Args:
+        baseline: decodes while speculation is off; holds the base.
+        speculative: decodes while it is on, None if no drafter is loaded.
+        tokenizer: of the base.
+        settings: of the replies.
+        terminal: where the user is.
+    """
+
+    def __init__(
+        self,
+        baseline: AutoregressiveDecoder,
+        speculative: SpeculativeDecoder | None,
+        tokenizer: Any,
+        settings: ChatSettings,
+        terminal: Terminal,
+    ) -> None:
+        self.messages: list[dict[str, str]] = []
+        self._baseline = baseline
+        self._speculative = speculative
+        self._decoder = speculative or baseline
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._terminal = terminal
+        self._session = DecodingStats()
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/help": lambda _: self._terminal.line(HELP),
+            "/reset": self._reset,
+            "/stats": self._show_stats,
+            "/temperature": self._set_temperature,
+            "/speculation": self._set_speculation,
+            "/save": self._save,
+        }
+
+    def run(self) -> None:
+        """Talk until ``/exit`` or the end of the input."""
+        self._terminal.line("/help lists the commands; Ctrl-C stops a reply; /exit leaves")
+        if self._terminal.colour and self._speculative is not None:
+            self._terminal.line(f"{_GREEN}drafted tokens{_PLAIN}, the base's own tokens")
+        while True:
+            try:
+                message = self._terminal.message()
+                if message is None or message.strip() == "/exit":
+                    return
+                self.handle(message)
+            except KeyboardInterrupt:
+                self._terminal.line("\n(/exit leaves)")
+
+    def handle(self, message: str) -> None:
+        """Carry out a command, or answer; an error is told and the chat goes on."""
+        name, _, argument = message.strip().partition(" ")
+        try:
+            if name in self._commands and "\n" not in name:
+                self._commands[name](argument.strip())
+            elif name.startswith("/") and name[1:].isalpha():
+                raise UsageError(
+                    f"unknown command {name}: expected one of {', '.join(self._commands)}"
+                )
+            elif message.strip():
+                self._answer(message)
+        except RecurrentDraftingError as error:
+            self._terminal.line(f"error: {error}")
+
+    def _answer(self, message: str) -> None:
+        """Reply to a message; the history takes both, or neither if nothing was said."""
+        history = [*self.messages, {"role": "user", "content": message}]
+        history, prompt = self._fit(history)
+        stream = TextStream(self._tokenizer, self._settings.stop)
+        streamer = ReplyStreamer(stream, self._terminal.show)
+        note = ""
+        try:
+            self._decoder.generate(
+                [prompt],
+                max_new_tokens=self._settings.max_new_tokens,
+                sampling=self._settings.sampling,
+                stop=self._settings.stop,
+                request_ids=[self._session.rows],
+                streamer=streamer,
+            )
+        except KeyboardInterrupt:
+            streamer.end()
+            note = " (stopped)"
+        stats = streamer.stats()
+        self._session.merge(stats)
+        self._terminal.line(f"\n[{format_stats(stats)}]{note}")
+        if stats.tokens:
+            self.messages = [*history, {"role": "assistant", "content": streamer.text}]
+
+    def _fit(self, history: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[int]]:
+        """Drop the oldest turns until the prompt and half a window's reply fit.
+
+        Raises:
+            UsageError: the last message alone is too long.
+        """
+        window = self._baseline.verifier.context_window
+        prompt = data.render(self._tokenizer, history, ask=True)
+        if window is None:
+            return history, prompt
+        room = min(self._settings.max_new_tokens, window // 2)
+        dropped = 0
+        while len(prompt) + room > window and len(history) > 2:
+            history = history[2:]
+            dropped += 1
+            prompt = data.render(self._tokenizer, history, ask=True)
+        if len(prompt) >= window:
+            raise UsageError(
+                f"the message makes a prompt of {len(prompt)} tokens and the context window is "
+                f"{window}: shorten it; the conversation is unchanged"
+            )
+        if dropped:
+            self._terminal.line(
+                f"({dropped} oldest turns dropped to fit the context window of {window} tokens)"
+            )
+        return history, prompt
+
+    def _reset(self, _: str) -> None:
+        self.messages = []
+        self._terminal.line("conversation forgotten")
+
+    def _show_stats(self, _: str) -> None:
+        session = self._session
+        mode = "on" if self._decoder is self._speculative else "off"
+        temperature = self._settings.sampling.temperature
+        depths = " ".join(f"{share:.2f}" for share in session.acceptance_by_depth)
+        self._terminal.line(
+            f"{session.rows} replies, {format_stats(session)}, "
+            f"acceptance by depth {depths or '-'}; "
+            f"speculation {mode}, temperature {temperature}"
+        )
+
+    def _set_temperature(self, text: str) -> None:
+        try:
+            value = float(text)
+        except ValueError as error:
+            raise UsageError(f"/temperature takes a number >= 0, got {text!r}") from error
+        sampling = replace(self._settings.sampling, temperature=value)
+        self._settings = replace(self._settings, sampling=sampling)
+        self._terminal.line(f"temperature {value}")
+
+    def _set_speculation(self, text: str) -> None:
+        if text not in ("on", "off"):
+            raise UsageError(f"/speculation takes on or off, got {text!r}")
+        if text == "on" and self._speculative is None:
+            raise UsageError("no drafter is loaded: start without --autoregressive")
+        self._decoder = self._speculative if text == "on" and self._speculative else self._baseline
+        self._terminal.line(f"speculation {text}")
+
+    def _save(self, text: str) -> None:
+        if not text:
+            raise UsageError("/save takes a file name")
+        try:
+            with Path(text).expanduser().open("x", encoding="utf-8") as file:
+                json.dump({"messages": self.messages}, file, indent=2, ensure_ascii=False)
+        except OSError as error:
+            raise UsageError(f"{text} cannot be written: {error.strerror}") from error
+        self._terminal.line(f"saved {text}")

@@ -1,0 +1,266 @@
+"""Streaming text and the interactive chat."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from recurrent_drafting import (
+    AutoregressiveDecoder,
+    Drafter,
+    SamplingConfig,
+    SpeculativeDecoder,
+    chat,
+)
+from recurrent_drafting.chat import Chat, ChatSettings, Piece, ReplyStreamer, Terminal, TextStream
+from recurrent_drafting.evaluation import StopStrings, decode
+from tests.text_models import load_verifier, make_tokenizer, save_base, save_drafter
+
+
+class Screen(io.StringIO):
+    """A colour terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def stream_text(text: str, stop: list[str] | None = None) -> list[str]:
+    tokenizer = make_tokenizer()
+    stream = TextStream(tokenizer, StopStrings(tokenizer, stop) if stop else None)
+    pieces = [stream.push(token, False) for token in tokenizer(text)["input_ids"]]
+    return [piece.text for step in [*pieces, stream.finish()] for piece in step]
+
+
+def test_characters_come_whole() -> None:
+    pieces = stream_text("aé漢😀b")
+    assert pieces == ["a", "é", "漢", "😀", "b"]
+
+
+def test_an_unfinished_character_is_never_shown() -> None:
+    tokenizer = make_tokenizer()
+    stream = TextStream(tokenizer)
+    ids = tokenizer("a😀")["input_ids"][:-1]
+    shown = [piece.text for token in ids for piece in stream.push(token, False)]
+    assert "".join(shown + [piece.text for piece in stream.finish()]) == "a"
+
+
+def test_special_tokens_are_not_shown() -> None:
+    tokenizer = make_tokenizer()
+    stream = TextStream(tokenizer)
+    ids = [0, *tokenizer("hi")["input_ids"], 1]
+    shown = [piece.text for token in ids for piece in stream.push(token, False)]
+    assert "".join(shown) == "hi"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("abc STOP def", "abc "), ("abc STO", "abc STO"), ("SSTOP", "S"), ("STSTO-", "STSTO-")],
+)
+def test_a_stop_string_is_held_back_until_it_is_known(text: str, shown: str) -> None:
+    pieces = stream_text(text, ["STOP"])
+    assert "".join(pieces) == shown
+    assert not any(
+        "STOP".startswith(piece) and len(piece) < 4 and shown == "abc " for piece in pieces
+    )
+
+
+def test_the_last_token_of_a_step_is_the_bases_own() -> None:
+    tokenizer = make_tokenizer()
+    shown: list[Piece] = []
+    streamer = ReplyStreamer(TextStream(tokenizer), shown.append)
+    ids = tokenizer("abcdef")["input_ids"]
+    for part in ([0, 5], ids[:1], ids[1:4], ids[4:5], ids[5:]):
+        streamer.put(torch.tensor(part))
+    streamer.end()
+    assert [(piece.text, piece.drafted) for piece in shown] == [
+        ("a", False), ("b", True), ("c", True), ("d", False), ("e", False), ("f", False)
+    ]  # fmt: skip
+    stats = streamer.stats()
+    assert (stats.tokens, stats.row_steps, stats.accepted) == (6, 3, [2, 0, 1])
+    assert stats.tau == pytest.approx(5 / 3)
+
+
+@pytest.fixture(scope="module")
+def decoders(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[AutoregressiveDecoder, SpeculativeDecoder]:
+    folder = tmp_path_factory.mktemp("models")
+    base = save_base(folder / "base", window=160)
+    verifier = load_verifier(base, "fp64")
+    drafter = Drafter.from_pretrained(save_drafter(folder / "drafter", base))
+    return AutoregressiveDecoder(verifier), SpeculativeDecoder(verifier, drafter)
+
+
+def make_chat(
+    decoders: tuple[AutoregressiveDecoder, SpeculativeDecoder | None],
+    lines: str = "",
+    **settings: Any,
+) -> tuple[Chat, io.StringIO]:
+    output = io.StringIO()
+    terminal = Terminal(io.StringIO(lines), output)
+    options = {"max_new_tokens": 10, "sampling": SamplingConfig(), **settings}
+    return Chat(*decoders, make_tokenizer(), ChatSettings(**options), terminal), output
+
+
+def test_a_conversation_ends_with_its_input(decoders: Any) -> None:
+    session, output = make_chat(decoders, "hello\nmore\n")
+    session.run()
+    assert [m["role"] for m in session.messages] == ["user", "assistant"] * 2
+    assert session.messages[0]["content"] == "hello"
+    assert output.getvalue().count("tok/s, tau") == 2
+    assert "\x1b" not in output.getvalue()
+
+
+def test_exit_leaves_at_once(decoders: Any) -> None:
+    session, _ = make_chat(decoders, "/exit\nhello\n")
+    session.run()
+    assert session.messages == []
+
+
+def test_speculation_does_not_change_the_text(decoders: Any) -> None:
+    texts = []
+    for mode in ("on", "off"):
+        session, _ = make_chat(decoders, f"/speculation {mode}\n/temperature 0.8\nhello\nand\n")
+        session.run()
+        texts.append(session.messages)
+    assert texts[0] == texts[1] and len(texts[0]) == 4
+
+
+def test_commands(decoders: Any, tmp_path: Path) -> None:
+    session, output = make_chat(decoders)
+    session.handle("hello")
+    session.handle(f"/save {tmp_path / 'c.json'}")
+    saved = json.loads((tmp_path / "c.json").read_text())
+    assert saved == {"messages": session.messages}
+    for command in ("/help", "/stats", "/temperature 0.5", "/speculation off", "/reset"):
+        session.handle(command)
+    assert session.messages == []
+    text = output.getvalue()
+    for part in ("/temperature X", "1 replies", "temperature 0.5", "speculation off", "forgotten"):
+        assert part in text
+    assert "error" not in text
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("/temperature -1", "temperature must be"),
+        ("/temperature hot", "takes a number"),
+        ("/temperature nan", "temperature must be"),
+        ("/speculation maybe", "takes on or off"),
+        ("/save", "takes a file name"),
+        ("/save /nowhere/at/all", "cannot be written"),
+        ("/helo", "unknown command /helo"),
+    ],
+)
+def test_wrong_commands_are_told_and_the_chat_goes_on(
+    decoders: Any, command: str, expected: str
+) -> None:
+    session, output = make_chat(decoders)
+    session.handle(command)
+    assert "error: " in output.getvalue() and expected in output.getvalue()
+
+
+def test_a_saved_file_is_not_overwritten(decoders: Any, tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    path.write_text("mine")
+    session, output = make_chat(decoders)
+    session.handle(f"/save {path}")
+    assert path.read_text() == "mine" and "error" in output.getvalue()
+
+
+def test_speculation_without_a_drafter(decoders: Any) -> None:
+    session, output = make_chat((decoders[0], None))
+    session.handle("/speculation on")
+    assert "no drafter" in output.getvalue()
+
+
+def test_old_turns_leave_a_full_window(decoders: Any) -> None:
+    session, output = make_chat(decoders)
+    for index in range(5):
+        session.handle(f"message number {index} of some length")
+    assert "oldest turns dropped" in output.getvalue()
+    assert session.messages[0]["role"] == "user"
+    assert session.messages[-2]["content"].startswith("message number 4")
+    assert "error" not in output.getvalue()
+
+
+def test_a_message_over_the_window_changes_nothing(decoders: Any) -> None:
+    session, output = make_chat(decoders)
+    session.handle("hello")
+    before = list(session.messages)
+    session.handle("x" * 5000)
+    assert session.messages == before
+    assert "context window is 160" in output.getvalue()
+
+
+def test_an_interrupted_reply_stays_in_the_history(
+    decoders: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, output = make_chat(decoders)
+    pieces: list[Piece] = []
+
+    def interrupt(piece: Piece) -> None:
+        pieces.append(piece)
+        if len(pieces) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session._terminal, "show", interrupt)
+        session.handle("hello")
+    assert "(stopped)" in output.getvalue()
+    partial = "".join(piece.text for piece in pieces)
+    assert session.messages[1:] == [{"role": "assistant", "content": partial}]
+    session.handle("go on")
+    assert len(session.messages) == 4
+
+
+def test_stop_strings_end_a_reply(decoders: Any) -> None:
+    free, _ = make_chat(decoders)
+    free.handle("hello")
+    text = free.messages[1]["content"]
+    string = text[2]
+    session, output = make_chat(decoders, stop=StopStrings(make_tokenizer(), [string]))
+    session.handle("hello")
+    assert session.messages[1]["content"] == text[: text.index(string)]
+
+
+def test_drafted_text_is_coloured_on_a_colour_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    screen = Screen()
+    Terminal(io.StringIO(), screen).show(Piece("a\x1b[2J", True))
+    assert screen.getvalue() == "\x1b[32ma[2J\x1b[0m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    screen = Screen()
+    terminal = Terminal(io.StringIO(), screen)
+    terminal.show(Piece("a", True))
+    assert not terminal.colour and screen.getvalue() == "a"
+
+
+def test_messages_of_several_lines() -> None:
+    source = io.StringIO('one \\\ntwo\n"""\na\n\nb\n"""\nlast')
+    terminal = Terminal(source, io.StringIO())
+    assert terminal.message() == "one \ntwo"
+    assert terminal.message() == "a\n\nb"
+    assert terminal.message() == "last"
+    assert terminal.message() is None
+
+
+def test_stream_equals_plain_decoding(decoders: Any) -> None:
+    tokenizer = make_tokenizer()
+    shown: list[Piece] = []
+    streamer = ReplyStreamer(TextStream(tokenizer), shown.append)
+    sampling = replace(SamplingConfig(), temperature=1.5)
+    output = decoders[1].generate(
+        [[0, 9, 9]], max_new_tokens=60, sampling=sampling, streamer=streamer
+    )
+    whole = decode(tokenizer, output.sequences[0])
+    assert "".join(piece.text for piece in shown) == whole.rstrip(chat._BROKEN)
+    assert streamer.stats().tau == output.stats.tau
