@@ -52,15 +52,11 @@ def _add_modes(parser: cli.ArgumentParser) -> None:
     modes.add_argument("--prompt_file", metavar="FILE", help="reply to a file's text")
     modes.add_argument("--interactive", action="store_true", help="chat")
     modes.add_argument("--eval_mt_bench", action="store_true", help="evaluate on MT-Bench")
-    modes.add_argument(
-        "--eval_file", metavar="FILE", help="evaluate on a .jsonl of question_id, category, turns"
-    )
+    modes.add_argument("--eval_file", metavar="FILE", help="evaluate on a .jsonl of question_id, category, turns")
     group = parser.add_argument_group("evaluation")
     which = group.add_mutually_exclusive_group()
     which.add_argument("--autoregressive", action="store_true", help="baseline only, no drafter")
-    which.add_argument(
-        "--compare", action="store_true", help="run the baseline too and compare prompt by prompt"
-    )
+    which.add_argument("--compare", action="store_true", help="run the baseline too and compare prompt by prompt")
     group.add_argument(
         "--verify_lossless",
         action="store_true",
@@ -77,27 +73,21 @@ def _add_modes(parser: cli.ArgumentParser) -> None:
 
 def _add_models(parser: cli.ArgumentParser) -> None:
     group = parser.add_argument_group("models")
-    group.add_argument(
-        "--base_model", help=f"default: the base of the drafter, else {PACKAGED_BASE}"
-    )
+    group.add_argument("--base_model", help=f"default: the base of the drafter, else {PACKAGED_BASE}")
     group.add_argument(
         "--speculator_path",
         help="drafter (default: the newest one in ./models for the base, else the released one)",
     )
     group.add_argument("--revision", help="hub revision of the base")
     group.add_argument("--trust_remote_code", action="store_true", help="run the base's own code")
-    group.add_argument(
-        "--allow_base_mismatch", action="store_true", help="use a drafter of another base"
-    )
+    group.add_argument("--allow_base_mismatch", action="store_true", help="use a drafter of another base")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     group.add_argument("--dtype", default="auto", help="auto, fp32, bf16, fp16 or fp64")
     group.add_argument("--num_threads", type=int, help="threads (default: torch's own choice)")
     beam = parser.add_argument_group("drafting")
     for name in ("width", "length"):
         usual = getattr(BeamConfig, name)
-        beam.add_argument(
-            f"--beam_{name}", type=int, help=f"default: the drafter's own, usually {usual}"
-        )
+        beam.add_argument(f"--beam_{name}", type=int, help=f"default: the drafter's own, usually {usual}")
     beam.add_argument(
         "--max_tree_nodes",
         type=_tree_nodes,
@@ -109,16 +99,12 @@ def _add_models(parser: cli.ArgumentParser) -> None:
 
 def _add_sampling(parser: cli.ArgumentParser) -> None:
     group = parser.add_argument_group("generation")
-    group.add_argument(
-        "--max_generation_length", type=int, default=100, help="new tokens per reply"
-    )
+    group.add_argument("--max_generation_length", type=int, default=100, help="new tokens per reply")
     group.add_argument("--greedy_search", action="store_true", help="temperature 0")
     for item in fields(SamplingConfig):
         if item.name != "bad_words_ids":
             kind = type(item.default)
-            group.add_argument(
-                f"--{item.name}", type=kind, default=item.default, help=_HELP[item.name]
-            )
+            group.add_argument(f"--{item.name}", type=kind, default=item.default, help=_HELP[item.name])
     group.add_argument("--bad_words", nargs="+", default=[], metavar="WORD", help="never written")
     group.add_argument(
         "--stop",
@@ -189,14 +175,10 @@ def _check_output_file(path: Path) -> None:
     """Refuse a file that could not be written when the work is done."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(
-            f"--output_file {path} cannot be written: name a file in a writable folder"
-        )
+        raise UsageError(f"--output_file {path} cannot be written: name a file in a writable folder")
 
 
-def sampling_config(
-    args: argparse.Namespace, bad_words_ids: Sequence[Sequence[int]]
-) -> SamplingConfig:
+def sampling_config(args: argparse.Namespace, bad_words_ids: Sequence[Sequence[int]]) -> SamplingConfig:
     """Collect the sampling flags."""
     names = [item.name for item in fields(SamplingConfig) if item.name != "bad_words_ids"]
     words = tuple(tuple(word) for word in bad_words_ids)
@@ -227,18 +209,14 @@ def read_prompt(args: argparse.Namespace) -> str | None:
         return _checked_prompt(args.prompt, "--prompt")
     if args.prompt_file is not None:
         try:
-            with open(args.prompt_file, "rb") as file:
+            with Path(args.prompt_file).open("rb") as file:
                 raw = file.read(MAX_PROMPT_BYTES + 1)
         except OSError as error:
-            raise DataError(
-                f"{args.prompt_file} cannot be read: {error.strerror}; check the path"
-            ) from error
+            raise DataError(f"{args.prompt_file} cannot be read: {error.strerror}; check the path") from error
         return _checked_prompt(_text(raw, args.prompt_file), args.prompt_file)
     raw = b"" if sys.stdin.isatty() else sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
     if not raw:
-        raise UsageError(
-            f"no mode was chosen: expected one of {', '.join(MODES)}, or a piped prompt"
-        )
+        raise UsageError(f"no mode was chosen: expected one of {', '.join(MODES)}, or a piped prompt")
     return _checked_prompt(_text(raw, "standard input"), "standard input")
 
 
@@ -249,9 +227,7 @@ def _text(raw: bytes, where: str) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{where}:{line}: expected UTF-8, got byte {raw[error.start]:#04x}; convert it"
-        ) from error
+        raise DataError(f"{where}:{line}: expected UTF-8, got byte {raw[error.start]:#04x}; convert it") from error
 
 
 def _checked_prompt(text: str, where: str) -> str:
@@ -273,8 +249,7 @@ def find_drafters() -> list[tuple[Path, str | None]]:
     trained = sorted(usable(Path().glob(TRAINED)), key=age, reverse=True)
     released = usable(sorted(RELEASED.glob("*-redrafter")))
     return [
-        (path, json.loads((path / CONFIG).read_text()).get("verifier_name_or_path"))
-        for path in (*trained, *released)
+        (path, json.loads((path / CONFIG).read_text()).get("verifier_name_or_path")) for path in (*trained, *released)
     ]
 
 
@@ -335,9 +310,7 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def run_settings(
-    args: argparse.Namespace, tokenizer: Any, config: RecurrentDraftingConfig | None
-) -> RunSettings:
+def run_settings(args: argparse.Namespace, tokenizer: Any, config: RecurrentDraftingConfig | None) -> RunSettings:
     """Collect what decoding needs to know."""
     from recurrent_drafting.evaluation import RunSettings, StopStrings
 
@@ -382,9 +355,7 @@ def reply(decoder: Any, tokenizer: Any, settings: RunSettings, prompt: str) -> N
     _say(f"[{chat.format_stats(streamer.stats())}, finished by {output.finish_reasons[0]}]")
 
 
-def talk(
-    verifier: Verifier, decoder: SpeculativeDecoder | None, tokenizer: Any, settings: RunSettings
-) -> None:
+def talk(verifier: Verifier, decoder: SpeculativeDecoder | None, tokenizer: Any, settings: RunSettings) -> None:
     """Chat on the terminal."""
     from recurrent_drafting import AutoregressiveDecoder, chat
 
@@ -404,9 +375,7 @@ def load_questions(args: argparse.Namespace) -> list[Question] | None:
     if not args.eval_mt_bench and args.eval_file is None:
         return None
     source = "mt-bench" if args.eval_mt_bench else args.eval_file
-    questions, note = evaluation.load_questions(
-        source, args.max_num_prompts, skip_bad_rows=args.skip_bad_rows
-    )
+    questions, note = evaluation.load_questions(source, args.max_num_prompts, skip_bad_rows=args.skip_bad_rows)
     if note:
         _say(note)
     return questions
@@ -458,9 +427,7 @@ def execute(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.num_threads)
     questions = load_questions(args)
     verifier, drafter = load_models(args)
-    tokenizer = data.load_tokenizer(
-        args.base_model, args.revision, trust_remote_code=args.trust_remote_code
-    )
+    tokenizer = data.load_tokenizer(args.base_model, args.revision, trust_remote_code=args.trust_remote_code)
     settings = run_settings(args, tokenizer, drafter.config if drafter else None)
     decoder = None
     if drafter is not None:

@@ -56,9 +56,7 @@ def build_parser() -> cli.ArgumentParser:
     class Parser(cli.ArgumentParser, HfArgumentParser):
         """Our errors and help over the fields of a dataclass."""
 
-    parser = Parser(
-        TrainingArguments, prog="train_speculator.py", description=__doc__, conflict_handler="resolve"
-    )
+    parser = Parser(TrainingArguments, prog="train_speculator.py", description=__doc__, conflict_handler="resolve")
     run = parser.add_argument_group("run")
     run.add_argument("--quick", action="store_true", help="small real run on the packaged base, then a measurement")
     run.add_argument("--llm_name_or_path", default="gpt2", help="base model: hub id, local path or packaged name")

@@ -107,7 +107,7 @@ def fetch(name: str) -> Path:
     with _scratch(target.parent) as scratch:
         part = _unzip(_download(name, asset, scratch), asset, scratch)
         _check(part, name, asset)
-        os.replace(part, target)
+        part.replace(target)
     return target
 
 
@@ -131,7 +131,7 @@ def model_directory(name: str) -> Path:
         record = {"name": name, "sha256": asset.sha256, "note": asset.note, **_convert(source, converted)}
         (converted / _RECORD).write_text(json.dumps(record, indent=2))
         try:
-            os.replace(converted, target)
+            converted.replace(target)
         except OSError:
             # Another process was faster; both made the same.
             if not (target / _RECORD).exists():

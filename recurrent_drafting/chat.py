@@ -23,7 +23,7 @@ _GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
 _BROKEN = "\ufffd"
 _FENCE = '"""'
 # Control characters of a model must not steer the terminal; tab and line feed may pass.
-_CONTROL = {code: None for code in (*range(9), *range(11, 32), *range(127, 160))}
+_CONTROL = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)))
 HELP = """\
 /help                this list
 /reset               forget the conversation
@@ -114,12 +114,7 @@ class TextStream:
 def _longest_prefix_at_end(text: str, strings: Sequence[str]) -> int:
     """Return how many last characters of a text may begin one of the strings."""
     return max(
-        (
-            size
-            for item in strings
-            for size in range(1, min(len(item), len(text) + 1))
-            if text.endswith(item[:size])
-        ),
+        (size for item in strings for size in range(1, min(len(item), len(text) + 1)) if text.endswith(item[:size])),
         default=0,
     )
 
@@ -319,9 +314,7 @@ class Chat:
             if name in self._commands and "\n" not in name:
                 self._commands[name](argument.strip())
             elif name.startswith("/") and name[1:].isalpha():
-                raise UsageError(
-                    f"unknown command {name}: expected one of {', '.join(self._commands)}"
-                )
+                raise UsageError(f"unknown command {name}: expected one of {', '.join(self._commands)}")
             elif message.strip():
                 self._answer(message)
         except RecurrentDraftingError as error:
@@ -374,9 +367,7 @@ class Chat:
                 f"{window}: shorten it; the conversation is unchanged"
             )
         if dropped:
-            self._terminal.line(
-                f"({dropped} oldest turns dropped to fit the context window of {window} tokens)"
-            )
+            self._terminal.line(f"({dropped} oldest turns dropped to fit the context window of {window} tokens)")
         return history, prompt
 
     def _reset(self, _: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -36,8 +37,8 @@ def load_drafter(name_or_path: str, revision: str | None = None) -> Drafter:
     if path.exists():
         _check_directory(path)
     try:
-        drafter, info = Drafter.from_pretrained(
-            name_or_path, revision=revision, use_safetensors=True, output_loading_info=True
+        loaded: Any = Drafter.from_pretrained(
+            name_or_path, revision=revision or "main", use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -46,7 +47,8 @@ def load_drafter(name_or_path: str, revision: str | None = None) -> Drafter:
         raise NetworkError(
             f"drafter {name_or_path!r} is no local path and the hub did not give it: {reason}; check the name"
         ) from error
-    _check_weights(drafter, info, name_or_path)
+    drafter: Drafter = loaded[0]
+    _check_weights(drafter, loaded[1], name_or_path)
     return drafter
 
 
@@ -59,9 +61,7 @@ def _check_directory(path: Path) -> None:
     if not (path / WEIGHTS).is_file():
         pickles = sorted(item.name for item in path.glob("*") if item.suffix in {".bin", ".pt", ".pth"})
         found = f"found {', '.join(pickles)}, which may run code when loaded" if pickles else "found none"
-        raise ModelError(
-            f"{path} holds no {WEIGHTS}: {found}; convert with safetensors.torch.save_file or train again"
-        )
+        raise ModelError(f"{path} holds no {WEIGHTS}: {found}; convert with safetensors.torch.save_file or train again")
 
 
 def _check_weights(drafter: Drafter, info: dict[str, object], name: str) -> None:

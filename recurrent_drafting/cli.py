@@ -46,7 +46,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def _nearest(self, flag: str) -> str:
         names = [name for name in self._option_string_actions if name.startswith("--")]
-        near = difflib.get_close_matches(flag.split("=")[0], names, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(flag.split("=", maxsplit=1)[0], names, n=1, cutoff=0.5)
         return f"; did you mean {near[0]}?" if near else ""
 
 

@@ -172,4 +172,4 @@ class RecurrentDraftingConfig(PretrainedConfig):
             expected = f"in 1..vocab_size ({self.vocab_size}) or None"
             _require(valid, "draft_vocab_size", expected, self.draft_vocab_size)
         BeamConfig(width=self.beam_width, length=self.beam_length)
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recurrent_drafting import acceptance, beam_search
 from recurrent_drafting.config import BeamConfig, SamplingConfig
@@ -317,8 +317,10 @@ class SpeculativeDecoder(_Decoder):
         self.latency = latency
         if drafter.dtype != verifier.dtype or drafter.device != verifier.device:
             # A copy: the caller may still be training this one in float32.
-            drafter = copy.deepcopy(drafter).to(device=verifier.device, dtype=verifier.dtype)
-        self.drafter = drafter.eval()
+            drafter = copy.deepcopy(drafter)
+            nn.Module.to(drafter, device=verifier.device, dtype=verifier.dtype)
+        drafter.train(False)
+        self.drafter = drafter
 
     @property
     def _max_tree_nodes(self) -> int:
@@ -336,9 +338,11 @@ class SpeculativeDecoder(_Decoder):
 
     def _coupling(self, batch: _Batch) -> beam_search.Coupling | None:
         sampling = batch.sampler.config
-        if sampling.greedy or self.beam.coupling == 0:
+        if self.beam.coupling == 0:
             return None
         noise = batch.sampler.upcoming_noise(range(len(batch.replies)), self.beam.length)
+        if noise is None:
+            return None
         return beam_search.Coupling(
             noise=noise[:, :, self.drafter.draft_token_ids].float(),
             warp=lambda logits: warp(logits, sampling),
@@ -379,8 +383,10 @@ def _token_lists(input_ids: Tensor | Sequence[Sequence[int]], mask: Tensor | Non
         raise UsageError(f"input_ids and attention_mask must both be [B, T], got {shapes}")
     if mask is None:
         return [list(row) for row in input_ids.tolist()]
-    rows = zip(input_ids, mask.bool(), strict=True)
-    return [row[real].tolist() for row, real in rows]
+    return [
+        [token for token, real in zip(row, marks, strict=True) if real]
+        for row, marks in zip(input_ids.tolist(), mask.tolist(), strict=True)
+    ]
 
 
 def _check_arguments(

@@ -11,7 +11,6 @@ import argparse
 import importlib.util
 import json
 import logging
-import os
 import random
 import re
 import signal
@@ -487,8 +486,8 @@ def regenerate(
         asked = [(number, ids) for number, ids in asked if len(ids) < max_length - 1]
         requests = [Request(ids, seed=number, temperature=0.0) for number, ids in asked]
         replies = engine.generate(requests, max_length) if requests else []
-        for (number, ids), reply in zip(asked, replies, strict=True):
-            reply = cut_loop(reply)[: max_length - len(ids)]
+        for (number, ids), written in zip(asked, replies, strict=True):
+            reply = cut_loop(written)[: max_length - len(ids)]
             rows.append(EncodedRow(ids + reply, [False] * len(ids) + [True] * len(reply), greedy=True))
             text = tokenizer.decode(reply, skip_special_tokens=True)
             histories[number].append({"role": "assistant", "content": text})
@@ -526,7 +525,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(content))
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         raise ResourceError(
             f"{path} cannot be written: {error.strerror}; free space or name another --output_dir, then run again"
@@ -600,7 +599,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO)
     # An orderly exit ends the engine's processes too; the unfinished chunk is lost, the others stay.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     return cli.run(lambda: execute(args), args.debug)
 
 

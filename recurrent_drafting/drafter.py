@@ -47,7 +47,7 @@ class Drafter(PreTrainedModel):
 
     def __init__(self, config: RecurrentDraftingConfig) -> None:
         super().__init__(config)
-        hidden, exit_dim = config.hidden_size, config.exit_dim
+        hidden, exit_dim = config.hidden_size, config.exit_dim or config.hidden_size
         if config.rnn:
             self.rnn_u = nn.Linear(hidden, hidden)
             self.rnn_w = nn.Linear(hidden, hidden, bias=False)
@@ -57,7 +57,7 @@ class Drafter(PreTrainedModel):
         self.head = nn.Linear(exit_dim, draft_vocab_size, bias=False)
         # Draft token i is token draft_token_ids[i] of the verifier, in rising order.
         self.register_buffer("draft_token_ids", torch.arange(draft_vocab_size))
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
@@ -87,7 +87,7 @@ class Drafter(PreTrainedModel):
 
     def features(self, context: Tensor, state: Tensor) -> Tensor:
         """Return what the head reads, ``[..., D]``, from context and state ``[..., H]``."""
-        x = self.input_proj(torch.cat([context, state], dim=-1))
+        x: Tensor = self.input_proj(torch.cat([context, state], dim=-1))
         for block in self.blocks:
             x = block(x)
         return x
@@ -102,7 +102,8 @@ class Drafter(PreTrainedModel):
         Returns:
             ``[..., V_d]``.
         """
-        return self.head(self.features(context, state))
+        scores: Tensor = self.head(self.features(context, state))
+        return scores
 
     def unroll(self, context: Tensor, embeddings: Tensor) -> Tensor:
         """Return the head's input at every training depth.

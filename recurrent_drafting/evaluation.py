@@ -75,9 +75,7 @@ class StopStrings:
 
 def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
     """Turn a reply's tokens into text, without special tokens."""
-    return str(
-        tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    )
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 @dataclass(frozen=True)
@@ -170,15 +168,11 @@ def load_questions(
                 raise
             skipped += 1
     if not questions:
-        raise DataError(
-            f"{path} holds no question: expected lines with question_id, category and turns"
-        )
+        raise DataError(f"{path} holds no question: expected lines with question_id, category and turns")
     notes = [f"{skipped} bad rows skipped"] if skipped else []
     wanted = len(questions) if max_num_prompts is None else max_num_prompts
     if wanted > len(questions):
-        notes.append(
-            f"{source} has {len(questions)} prompts, {wanted} were asked for: all are used"
-        )
+        notes.append(f"{source} has {len(questions)} prompts, {wanted} were asked for: all are used")
     count = min(wanted, len(questions))
     step = len(questions) / count if spread else 1
     return [questions[int(index * step)] for index in range(count)], "; ".join(notes)
@@ -216,13 +210,9 @@ def speculative_decoder(
     Raises:
         ModelError: the drafter does not fit the base.
     """
-    decoder = SpeculativeDecoder(
-        verifier, drafter, settings.beam, allow_base_mismatch=allow_base_mismatch
-    )
+    decoder = SpeculativeDecoder(verifier, drafter, settings.beam, allow_base_mismatch=allow_base_mismatch)
     if settings.auto_tree and decoder.beam.max_nodes is None:
-        decoder.latency = LatencyCurve.measure(
-            verifier, decoder.drafter, decoder.beam, repeats=repeats
-        )
+        decoder.latency = LatencyCurve.measure(verifier, decoder.drafter, decoder.beam, repeats=repeats)
     return decoder
 
 
@@ -273,9 +263,7 @@ class Evaluation:
     def _warm_up(self, question: Question) -> None:
         prompt, _ = self._encode([{"role": "user", "content": question.turns[0]}])
         for decoder in self._decoders.values():
-            decoder.generate(
-                [prompt], max_new_tokens=_WARM_UP_TOKENS, sampling=self._settings.sampling
-            )
+            decoder.generate([prompt], max_new_tokens=_WARM_UP_TOKENS, sampling=self._settings.sampling)
 
     def _batch(self, questions: Sequence[Question], bar: Any) -> list[_Row]:
         """Decode all turns of some questions; a reply enters the history of the next turn."""
@@ -394,11 +382,7 @@ class Evaluation:
 
     def _summary(self, main: str, rows: list[_Row]) -> dict[str, Any]:
         settings, stats = self._settings, self._stats[main]
-        note = (
-            assets.ASSETS[settings.base_model].note
-            if settings.base_model in assets.ASSETS
-            else None
-        )
+        note = assets.ASSETS[settings.base_model].note if settings.base_model in assets.ASSETS else None
         return {
             "method": main,
             "base_model": settings.base_model,
@@ -429,9 +413,7 @@ class Evaluation:
             "speedup_median": statistics.median(speedups) if speedups else float("nan"),
             "speedup_min": min(speedups, default=float("nan")),
             "speedup_max": max(speedups, default=float("nan")),
-            "speedup_total": (
-                ours.tokens_per_second / base.tokens_per_second if base.tokens else float("nan")
-            ),
+            "speedup_total": (ours.tokens_per_second / base.tokens_per_second if base.tokens else float("nan")),
             "identical": report.identical,
             "compared": len(rows),
             "near_ties": report.near_ties,
@@ -530,9 +512,7 @@ def machine() -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "accelerators": [
-            torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
-        ],
+        "accelerators": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {
@@ -570,7 +550,7 @@ def write_json(record: dict[str, Any], path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(_plain(record), indent=2, ensure_ascii=False, allow_nan=False)
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -609,9 +589,7 @@ def format_summary(summary: dict[str, Any]) -> str:
             f"mean tree nodes {s['mean_tree_nodes']:.1f}"
         )
     total = max(s["seconds"], 1e-9)
-    split = ", ".join(
-        f"{name} {seconds / total:.1%}" for name, seconds in s["phase_seconds"].items()
-    )
+    split = ", ".join(f"{name} {seconds / total:.1%}" for name, seconds in s["phase_seconds"].items())
     lines.append(f"  time split: {split}")
     if "compared" in s:
         lines += [

@@ -22,7 +22,7 @@ class _LayerView(CacheLayerMixin):
     is_compileable = False
 
     def __init__(self, cache: VerifierCache, layer_index: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._cache = cache
         self._layer_index = layer_index
         self.is_initialized = True
@@ -30,7 +30,7 @@ class _LayerView(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Do nothing: the cache allocates its storage at the first write."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append the new states ``[B, heads, n, dim]`` and return all of them, ``[B, heads, S, dim]``."""
         return self._cache.append(self._layer_index, key_states, value_states)
 

@@ -93,7 +93,9 @@ def head_loss(features: Tensor, weight: Tensor, targets: HeadTargets, row_weight
     if torch.is_autocast_enabled(features.device.type):
         dtype = torch.get_autocast_dtype(features.device.type)
         features, weight = features.to(dtype), weight.to(dtype)
-    total, per_row, ranks = _HeadLossFunction.apply(features, weight, targets, row_weights)
+    total, per_row, ranks = _HeadLossFunction.apply(  # type: ignore[no-untyped-call]
+        features, weight, targets, row_weights
+    )
     return HeadLoss(total=total, per_row=per_row.detach(), ranks=ranks)
 
 
@@ -129,7 +131,7 @@ class _HeadLossFunction(torch.autograd.Function):
         return (loss * scale).sum(), loss, ranks
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor, *unused: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_features, grad_weight = ctx.saved_tensors
         return grad_features * grad_total, grad_weight * grad_total, None, None
 
@@ -172,4 +174,5 @@ def _soft_targets(
     pooled = torch.zeros(table.shape[0], features.shape[1], dtype=wide, device=features.device)
     pooled.index_add_(0, targets.index, features.to(wide) * scale.unsqueeze(1))
     grad_weight -= share * (table.T @ pooled.to(table.dtype)).to(wide)
-    return share * (negative_entropy[targets.index] - (features.to(wide) * mean_rows).sum(dim=1))
+    terms: Tensor = negative_entropy[targets.index] - (features.to(wide) * mean_rows).sum(dim=1)
+    return share * terms

@@ -84,10 +84,7 @@ class LosslessReport:
 
     def summary(self) -> str:
         """Return the verdict in one line."""
-        return (
-            f"{self.identical} identical, {self.near_ties} rounding near-ties, "
-            f"{self.structural} structural"
-        )
+        return f"{self.identical} identical, {self.near_ties} rounding near-ties, {self.structural} structural"
 
     def listing(self) -> str:
         """Return the verdict, and one line per differing prompt."""
@@ -131,11 +128,7 @@ def audit(decoder: SpeculativeDecoder, pairs: Sequence[Pair], settings: Settings
     for found, same in zip(differing, same_in_float64, strict=True):
         pair = _uncut(decoder, found, settings) if settings.stop else found
         logits, epsilon = _token_by_token(decoder.verifier, pair)
-        reason = (
-            _structural_reason(pair, settings, logits, epsilon)
-            if same
-            else "the texts differ in float64 as well"
-        )
+        reason = _structural_reason(pair, settings, logits, epsilon) if same else "the texts differ in float64 as well"
         report.structural += bool(reason)
         report.near_ties += not reason
         report.epsilon = max(report.epsilon or 0.0, epsilon)
@@ -206,11 +199,11 @@ def _token_by_token(verifier: Verifier, pair: Pair) -> tuple[Tensor, float]:
     text = torch.tensor([pair.prompt + pair.baseline], device=verifier.device)
     length = len(pair.prompt)
     whole = model(input_ids=text, use_cache=False).logits[0, length - 1 :]
-    cache = DynamicCache(config=model.config)
-    output = model(input_ids=text[:, :length], past_key_values=cache, use_cache=True)
+    cache = {verifier.cache_argument: DynamicCache(config=model.config)}
+    output = model(input_ids=text[:, :length], **cache, use_cache=True)
     rows = [output.logits[0, -1]]
     for index in range(length, text.shape[1]):
-        output = model(input_ids=text[:, index : index + 1], past_key_values=cache, use_cache=True)
+        output = model(input_ids=text[:, index : index + 1], **cache, use_cache=True)
         rows.append(output.logits[0, -1])
     single = torch.stack(rows)
     return single[pair.divergence], float((single.double() - whole.double()).abs().max())
@@ -226,9 +219,7 @@ def _structural_reason(pair: Pair, settings: Settings, logits: Tensor, epsilon: 
         sampler = _sampler_at(pair, settings, logits)
         witnesses = (_moved(logits, epsilon, pick, item) for item in (None, rival))
         if not any(int(sampler.pick(item, [0])) == pick for item in witnesses):
-            return (
-                f"token {pick} cannot be picked by moving the logits within epsilon = {epsilon:.3g}"
-            )
+            return f"token {pick} cannot be picked by moving the logits within epsilon = {epsilon:.3g}"
     return ""
 
 

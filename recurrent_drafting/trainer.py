@@ -59,17 +59,14 @@ class TrainingArguments(transformers.TrainingArguments):
             raise UsageError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
         if not 0 <= self.kd_alpha <= 1:
             raise UsageError(f"kd_alpha must be in [0, 1], got {self.kd_alpha}")
-        for name in ("kd_temperature", "depth_decay"):
+        for name in ("kd_temperature", "depth_decay", "drafter_predict_n_tokens", "drafter_top_k"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} must be > 0, got {getattr(self, name)}")
-        for name in ("drafter_predict_n_tokens", "drafter_top_k"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.use_wandb:
             self.report_to = ["wandb"]
         if not torch.cuda.is_available() and not torch.backends.mps.is_available():
             self.use_cpu = True
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -122,6 +119,7 @@ class DrafterTrainer(transformers.Trainer):
 
     def __init__(self, model: Drafter, verifier: Verifier, args: TrainingArguments, **kwargs: Any) -> None:
         self.verifier = verifier
+        self.drafter = model
         self._means = MeanMetrics()
         super().__init__(model=model, args=args, **kwargs)
         # The loss is divided by the step's item count below, accumulation and ranks included.
@@ -156,7 +154,7 @@ class DrafterTrainer(transformers.Trainer):
     def evaluate(
         self,
         eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
+        ignore_keys: list[str] | None = None,  # noqa: ARG002 - the base class passes it
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Measure loss, teacher-forced accuracies and simulated tau on the evaluation rows.
@@ -166,15 +164,15 @@ class DrafterTrainer(transformers.Trainer):
         """
         training_means, self._means = self._means, MeanMetrics()
         stats = DecodingStats()
-        model = self.model.eval()
+        self.drafter.train(False)
         with torch.no_grad():
-            for inputs in self.get_eval_dataloader(eval_dataset):
-                inputs = self._prepare_inputs(inputs)
+            for rows in self.get_eval_dataloader(eval_dataset):
+                inputs = self._prepare_inputs(rows)
                 hidden = self.verifier.hidden_states(inputs["input_ids"], inputs["attention_mask"])
                 with self.compute_loss_context_manager():
                     batch = self._supervise(inputs)
-                    self._record("", batch, self._head_loss(model, inputs, batch, hidden))
-                    simulate(model, self.verifier, inputs, hidden, self._beam(), stats)
+                    self._record("", batch, self._head_loss(self.drafter, inputs, batch, hidden))
+                    simulate(self.drafter, self.verifier, inputs, hidden, self._beam(), stats)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._means.pop_means().items()}
         self._means = training_means
         metrics[f"{metric_key_prefix}_simulated_tau"] = stats.tau
@@ -188,7 +186,7 @@ class DrafterTrainer(transformers.Trainer):
         return self.args.world_size if self.args.average_tokens_across_devices else 1
 
     def _beam(self) -> BeamConfig:
-        config = self.model.config
+        config = self.drafter.config
         return BeamConfig(width=config.beam_width, length=config.beam_length)
 
     def _supervise(self, inputs: dict[str, Tensor]) -> Supervision:
@@ -215,11 +213,11 @@ class DrafterTrainer(transformers.Trainer):
         with torch.no_grad():
             context = hidden[batch.rows, batch.positions]
             embeddings = self.verifier.embed(batch.known)
-        features = model(context.to(self.model.dtype), embeddings.to(self.model.dtype))
+        features = model(context.to(self.drafter.dtype), embeddings.to(self.drafter.dtype))
         depth_weights = self.args.depth_decay ** torch.arange(batch.valid.shape[1], device=features.device)
         row_weights = (batch.valid * depth_weights)[batch.valid]
         targets = self._targets(batch, hidden)
-        return losses.head_loss(features[batch.valid], self.model.head.weight, targets, row_weights)
+        return losses.head_loss(features[batch.valid], self.drafter.head.weight, targets, row_weights)
 
     def _targets(self, batch: Supervision, hidden: Tensor) -> losses.HeadTargets:
         """Collect hard targets, and the verifier's distribution once per position of the text."""
@@ -232,7 +230,7 @@ class DrafterTrainer(transformers.Trainer):
         flat = batch.rows.unsqueeze(1) * hidden.shape[1] + batch.positions.unsqueeze(1) + depths
         unique, index = flat[batch.valid].unique(return_inverse=True)
         with torch.no_grad():
-            logits = self.verifier.head(hidden.flatten(0, 1)[unique], self.model.draft_token_ids)
+            logits = self.verifier.head(hidden.flatten(0, 1)[unique], self.drafter.draft_token_ids)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             table = (logits / self.args.kd_temperature).softmax(dim=-1)
         return losses.HeadTargets(ids=ids, table=table, index=index, kl_share=kl_share)
@@ -373,8 +371,9 @@ def initialise_from_verifier(drafter: Drafter, verifier: Verifier, draft_token_i
             drafter.rnn_w.weight.div_(embedding_scale.to(drafter.device))
         if drafter.config.exit_dim != hidden:
             return
-        rows = verifier.model.get_output_embeddings().weight[draft_token_ids.to(verifier.device)]
+        rows = verifier.head_rows(draft_token_ids)
         drafter.head.weight.copy_(rows)
-        drafter.input_proj.weight[:, :hidden].copy_(torch.eye(hidden))
+        if isinstance(drafter.input_proj, nn.Linear):
+            drafter.input_proj.weight[:, :hidden].copy_(torch.eye(hidden))
         for block in drafter.blocks:
-            block.linear.weight.mul_(0.1)
+            block.get_submodule("linear").get_parameter("weight").mul_(0.1)

@@ -7,6 +7,7 @@ of that is not assumed from its name: it is probed once, on a few tokens, when i
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,9 +54,7 @@ class Verifier:
         ModelError: the family cannot verify a tree; the reason is named.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, name_or_path: str | None = None, fingerprint: str | None = None
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, name_or_path: str | None = None, fingerprint: str | None = None) -> None:
         self.model = model.eval()
         self.name_or_path = name_or_path or getattr(model.config, "_name_or_path", "") or model.config.model_type
         self.fingerprint = fingerprint
@@ -64,6 +63,9 @@ class Verifier:
         self._body: nn.Module = model.base_model
         self._head: nn.Module = model.get_output_embeddings()
         self._embedding: nn.Module = model.get_input_embeddings()
+        # transformers 5.24 renamed the argument.
+        names = inspect.signature(self._body.forward).parameters
+        self.cache_argument = "cache" if "cache" in names else "past_key_values"
         self._probe()
 
     @classmethod
@@ -93,7 +95,8 @@ class Verifier:
         kind = resolve_dtype(dtype, place)
         source = str(assets.model_directory(name_or_path)) if assets.is_asset(name_or_path) else name_or_path
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        model = _load(source, kind, options).to(place)
+        model = _load(source, kind, options)
+        nn.Module.to(model, place)
         model.requires_grad_(False)
         fingerprint = assets.asset_fingerprint(Path(source)) if Path(source).is_dir() else None
         return cls(model, name_or_path=name_or_path, fingerprint=fingerprint)
@@ -106,7 +109,8 @@ class Verifier:
     @property
     def dtype(self) -> torch.dtype:
         """Return the dtype of hidden states."""
-        return self.model.dtype
+        dtype: torch.dtype = self.model.dtype
+        return dtype
 
     @property
     def hidden_size(self) -> int:
@@ -156,8 +160,13 @@ class Verifier:
         else:
             bias = getattr(self._head, "bias", None)
             bias = None if bias is None else bias[token_ids]
-            logits = nn.functional.linear(hidden, self._head.weight[token_ids], bias)  # type: ignore[index]
+            logits = nn.functional.linear(hidden, self.head_rows(token_ids), bias)
         return self._finish(logits)
+
+    def head_rows(self, token_ids: Tensor) -> Tensor:
+        """Return the LM head's weight of some tokens, int64 ``[n]`` -> ``[n, H]``."""
+        weight: Tensor = self._head.get_parameter("weight")
+        return weight[token_ids.to(weight.device)]
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], cache: VerifierCache) -> VerifierOutput:
@@ -209,11 +218,13 @@ class Verifier:
         """
         with torch.no_grad():
             positions = torch.arange(input_ids.shape[1], device=self.device).expand_as(input_ids)
-            causal = positions.unsqueeze(1) <= positions.unsqueeze(2)
-            return self._forward(input_ids * attention_mask, positions, causal, positions, None)
+            # Padding is on the right, where causal attention never looks: the model's own mask will do.
+            output = self._body(input_ids=input_ids * attention_mask, position_ids=positions, use_cache=False)
+            hidden: Tensor = output.last_hidden_state
+            return hidden
 
     def _forward(
-        self, ids: Tensor, positions: Tensor, allowed: Tensor, key_positions: Tensor, cache: VerifierCache | None
+        self, ids: Tensor, positions: Tensor, allowed: Tensor, key_positions: Tensor, cache: VerifierCache
     ) -> Tensor:
         """Run the body: boolean mask ``[B, n, S]`` and key positions ``[B, S]`` in, hidden states out."""
         if self.context_window is not None:
@@ -223,15 +234,13 @@ class Verifier:
             input_ids=ids,
             attention_mask=self._attention_mask(allowed, positions, key_positions),
             position_ids=positions,
-            past_key_values=cache,
-            use_cache=cache is not None,
+            use_cache=True,
+            **{self.cache_argument: cache},
         )
         hidden: Tensor = output.last_hidden_state
         return hidden
 
-    def _tree_mask(
-        self, tree: DraftTree, lengths: Tensor, positions: Tensor, max_length: int
-    ) -> tuple[Tensor, Tensor]:
+    def _tree_mask(self, tree: DraftTree, lengths: Tensor, positions: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
         """Let each node see its row's committed slots and its own ancestors.
 
         Returns:
@@ -353,7 +362,7 @@ def resolve_device(name: str) -> torch.device:
         present.append("mps")
     if name == "auto":
         return torch.device(present[1] if len(present) > 1 else "cpu")
-    if name != "cuda" and name not in present or name == "cuda" and "cuda:0" not in present:
+    if (name != "cuda" and name not in present) or (name == "cuda" and "cuda:0" not in present):
         raise UsageError(f"device {name!r} is not on this machine: expected one of auto, {', '.join(present)}")
     return torch.device(name)
 
@@ -373,7 +382,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def _computes_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return False
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")

@@ -65,9 +65,7 @@ def test_special_tokens_are_not_shown() -> None:
 def test_a_stop_string_is_held_back_until_it_is_known(text: str, shown: str) -> None:
     pieces = stream_text(text, ["STOP"])
     assert "".join(pieces) == shown
-    assert not any(
-        "STOP".startswith(piece) and len(piece) < 4 and shown == "abc " for piece in pieces
-    )
+    assert not any("STOP".startswith(piece) and len(piece) < 4 and shown == "abc " for piece in pieces)
 
 
 def test_the_last_token_of_a_step_is_the_bases_own() -> None:
@@ -159,9 +157,7 @@ def test_commands(decoders: Any, tmp_path: Path) -> None:
         ("/helo", "unknown command /helo"),
     ],
 )
-def test_wrong_commands_are_told_and_the_chat_goes_on(
-    decoders: Any, command: str, expected: str
-) -> None:
+def test_wrong_commands_are_told_and_the_chat_goes_on(decoders: Any, command: str, expected: str) -> None:
     session, output = make_chat(decoders)
     session.handle(command)
     assert "error: " in output.getvalue() and expected in output.getvalue()
@@ -200,9 +196,7 @@ def test_a_message_over_the_window_changes_nothing(decoders: Any) -> None:
     assert "context window is 160" in output.getvalue()
 
 
-def test_an_interrupted_reply_stays_in_the_history(
-    decoders: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_reply_stays_in_the_history(decoders: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     session, output = make_chat(decoders)
     pieces: list[Piece] = []
 
@@ -226,7 +220,7 @@ def test_stop_strings_end_a_reply(decoders: Any) -> None:
     free.handle("hello")
     text = free.messages[1]["content"]
     string = text[2]
-    session, output = make_chat(decoders, stop=StopStrings(make_tokenizer(), [string]))
+    session, _ = make_chat(decoders, stop=StopStrings(make_tokenizer(), [string]))
     session.handle("hello")
     assert session.messages[1]["content"] == text[: text.index(string)]
 
@@ -258,9 +252,7 @@ def test_stream_equals_plain_decoding(decoders: Any) -> None:
     shown: list[Piece] = []
     streamer = ReplyStreamer(TextStream(tokenizer), shown.append)
     sampling = replace(SamplingConfig(), temperature=1.5)
-    output = decoders[1].generate(
-        [[0, 9, 9]], max_new_tokens=60, sampling=sampling, streamer=streamer
-    )
+    output = decoders[1].generate([[0, 9, 9]], max_new_tokens=60, sampling=sampling, streamer=streamer)
     whole = decode(tokenizer, output.sequences[0])
     assert "".join(piece.text for piece in shown) == whole.rstrip(chat._BROKEN)
     assert streamer.stats().tau == output.stats.tau

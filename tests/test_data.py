@@ -294,7 +294,7 @@ def test_a_file_of_bad_rows_only_is_an_error_even_when_they_are_skipped(tmp_path
 def test_named_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     questions = tmp_path / "question.jsonl"
     questions.write_text(json.dumps({"question_id": 1, "turns": ["a", "b"]}) + "\n")
-    monkeypatch.setattr(assets, "fetch", lambda name: questions)
+    monkeypatch.setattr(assets, "fetch", lambda _: questions)
     assert data.load_dataset_by_name("mtbench")[0] == [(Turn("user", "a"), Turn("user", "b"))]
     local = tmp_path / "rows.jsonl"
     local.write_bytes(GOOD + b"\n" + GOOD)
@@ -337,7 +337,7 @@ def test_an_unreachable_hub_names_the_alternative(monkeypatch: pytest.MonkeyPatc
 
 
 def test_hub_sources_without_the_datasets_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UsageError, match="pip install datasets"):
         data.load_dataset_by_name("ultrachat")
 

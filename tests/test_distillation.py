@@ -289,7 +289,7 @@ def tiny_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     make_tokenizer().save_pretrained(directory)
     questions = tmp_path / "question.jsonl"
     questions.write_text(json.dumps({"question_id": 1, "category": "x", "turns": [words(20)]}))
-    monkeypatch.setattr(assets, "fetch", lambda name: questions)
+    monkeypatch.setattr(assets, "fetch", lambda _: questions)
     before = signal.getsignal(signal.SIGTERM)
     yield directory
     signal.signal(signal.SIGTERM, before)
@@ -335,7 +335,7 @@ def test_sigterm_leaves_whole_chunks_and_code_143(
 
 
 def test_vllm_is_asked_for_but_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UsageError, match="vLLM is not installed"):
         distillation.make_engine("vllm", "tiny")
 
@@ -352,8 +352,8 @@ def test_vllm_engine_passes_each_request_on(monkeypatch: pytest.MonkeyPatch) -> 
             return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=(5, EOS))]) for _ in prompts]
 
     module = SimpleNamespace(LLM=Model, SamplingParams=lambda **options: options)
-    monkeypatch.setattr(importlib, "import_module", lambda name: module)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib, "import_module", lambda _: module)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
     engine = distillation.make_engine("auto", "some/base")
     texts = engine.generate([Request([1, 2], 7, 0.0), Request([3], 8, 1.0, 0.1)], 16)
     assert texts == [[5, EOS]] * 2

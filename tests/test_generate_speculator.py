@@ -97,9 +97,7 @@ def test_defaults_are_those_of_the_classes() -> None:
     ("content", "expected"),
     [(b"", "is empty"), (b" \n", "is empty"), (b"ok\n\xff", "p.txt:2: expected UTF-8")],
 )
-def test_bad_prompt_files(
-    tmp_path: Path, content: bytes, expected: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_prompt_files(tmp_path: Path, content: bytes, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "p.txt").write_bytes(content)
     assert main(["--prompt_file", str(tmp_path / "p.txt")]) == 3
     assert expected in capsys.readouterr().err
@@ -132,9 +130,7 @@ def test_the_three_one_shot_ways_and_the_baseline_agree(
     assert len(set(texts)) == 1 and len(texts[0].strip()) > 0
 
 
-def test_no_new_tokens_and_stop_strings(
-    models: tuple[str, str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_new_tokens_and_stop_strings(models: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(models, "--prompt", "hello", "--max_generation_length", "0") == 0
     assert capsys.readouterr().out == "\n"
     assert run(models, "--prompt", "hello") == 0
@@ -145,9 +141,7 @@ def test_no_new_tokens_and_stop_strings(
     assert not capsys.readouterr().out.startswith(text[0])
 
 
-def test_a_prompt_over_the_window(
-    models: tuple[str, str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_prompt_over_the_window(models: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(models, "--prompt", "x" * 2000) == 3
     err = capsys.readouterr().err
     assert "context window" in err and "512" in err
@@ -161,9 +155,7 @@ def test_interactive_ends_with_its_input(
     assert "1 replies, 8 tokens" in capsys.readouterr().out
 
 
-def test_compare_writes_results(
-    models: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_compare_writes_results(models: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     questions, results = save_questions(tmp_path / "q.jsonl"), tmp_path / "r.json"
     argv = ["--eval_file", str(questions), "--max_num_prompts", "9", "--turns", "2"]
     assert run(models, *argv, "--verify_lossless", "--output_file", str(results)) == 0
@@ -216,17 +208,13 @@ class TestDrafterResolution:
         assert main(argv) == 0
         assert "drafter: models/base-recurrent-drafter-2" in capsys.readouterr().err
 
-    def test_the_released_drafter_comes_last(
-        self, models: tuple[str, str], capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_the_released_drafter_comes_last(self, models: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
         released = save_drafter(generate_speculator.RELEASED / "base-redrafter", Path("name"))
         argv = ["--base_model", models[0], "--prompt", "a", "--max_generation_length", "2", *FAST]
         assert main(argv) == 0
         assert str(released) in capsys.readouterr().err
 
-    def test_no_drafter_lists_those_found(
-        self, models: tuple[str, str], capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_no_drafter_lists_those_found(self, models: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["--base_model", models[0], "--prompt", "a"]) == 4
         assert "no drafters found" in capsys.readouterr().err
         save_drafter(Path("models/other-recurrent-drafter"), Path("other"))

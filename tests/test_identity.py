@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tests.tiny import CONFIGS, VOCAB, NoisyOracleDecoder, make_drafter, make_verifier
 
 from recurrent_drafting import AutoregressiveDecoder, BeamConfig, SamplingConfig, SpeculativeDecoder, Verifier
+from tests.tiny import CONFIGS, VOCAB, NoisyOracleDecoder, make_drafter, make_verifier
 
 CASES_PER_FAMILY = 250
 
@@ -97,7 +97,9 @@ def test_speculative_text_equals_baseline(family: str, capsys: pytest.CaptureFix
             partial += decoder.partly_accepted
             moved += decoder.moved
     with capsys.disabled():
-        print(f"\n{family}: {CASES_PER_FAMILY} cases identical; oracle steps {steps}: "
-              f"{partial / steps:.0%} partly accepted, {moved / steps:.0%} keep non-contiguous rows")
+        print(
+            f"\n{family}: {CASES_PER_FAMILY} cases identical; oracle steps {steps}: "
+            f"{partial / steps:.0%} partly accepted, {moved / steps:.0%} keep non-contiguous rows"
+        )
     assert partial / steps >= 0.4
     assert moved / steps >= 0.2

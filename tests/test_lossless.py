@@ -90,9 +90,7 @@ def tied_pair(decoder: SpeculativeDecoder, settings: Settings, gap: float) -> Pa
     return Pair(PROMPT, 5, text, replaced(text, index, other))
 
 
-@pytest.mark.parametrize(
-    "sampling", [{}, {"repetition_penalty": 1.3}, {"presence_penalty": 0.5, "min_new_tokens": 3}]
-)
+@pytest.mark.parametrize("sampling", [{}, {"repetition_penalty": 1.3}, {"presence_penalty": 0.5, "min_new_tokens": 3}])
 def test_a_tie_of_two_tokens_is_rounding(sampling: dict[str, object]) -> None:
     decoder, settings = make_decoder(), settings_for(**sampling)
     pair = tied_pair(decoder, settings, gap=0.0)

@@ -79,9 +79,6 @@ def load_verifier(base: Path, dtype: str = "fp32") -> Verifier:
 
 def save_questions(path: Path, count: int = 3) -> Path:
     """Save a prompt file of two turns per question."""
-    rows = [
-        {"question_id": 80 + i, "category": "c", "turns": [f"first {i}", f"second {i}"]}
-        for i in range(count)
-    ]
+    rows = [{"question_id": 80 + i, "category": "c", "turns": [f"first {i}", f"second {i}"]} for i in range(count)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from typing import Any
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig
@@ -49,7 +49,9 @@ def gpt2_config() -> PreTrainedConfig:
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {"llama": llama_config, "gpt2": gpt2_config}
 
 
-def make_verifier(family: str, *, seed: int = 0, attention: str = "sdpa", dtype: torch.dtype = torch.float64) -> Verifier:
+def make_verifier(
+    family: str, *, seed: int = 0, attention: str = "sdpa", dtype: torch.dtype = torch.float64
+) -> Verifier:
     config = CONFIGS[family]()
     config._attn_implementation = attention
     torch.manual_seed(seed)
