@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recurrent_drafting import cli
+from recurrent_drafting.assets import DEFAULT_BASE
 from recurrent_drafting.config import BeamConfig, RecurrentDraftingConfig, SamplingConfig
 from recurrent_drafting.errors import DataError, ModelError, NetworkError, UsageError
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from recurrent_drafting import Drafter, SpeculativeDecoder, Verifier
     from recurrent_drafting.evaluation import Question, RunSettings, StopStrings
 
-PACKAGED_BASE = "smollm2-135m-instruct"
 MODES = ("--prompt", "--prompt_file", "--interactive", "--eval_mt_bench", "--eval_file")
 TRAINED = "models/*-recurrent-drafter*"
 RELEASED = Path(__file__).resolve().parent / "models"
@@ -73,7 +73,7 @@ def _add_modes(parser: cli.ArgumentParser) -> None:
 
 def _add_models(parser: cli.ArgumentParser) -> None:
     group = parser.add_argument_group("models")
-    group.add_argument("--base_model", help=f"default: the base of the drafter, else {PACKAGED_BASE}")
+    group.add_argument("--base_model", help=f"default: the base of the drafter, else {DEFAULT_BASE}")
     group.add_argument(
         "--speculator_path",
         help="drafter (default: the newest one in ./models for the base, else the released one)",
@@ -296,11 +296,11 @@ def load_models(args: argparse.Namespace) -> tuple[Verifier, Drafter | None]:
     drafter = None
     if not args.autoregressive:
         if args.speculator_path is None:
-            args.base_model = args.base_model or PACKAGED_BASE
+            args.base_model = args.base_model or DEFAULT_BASE
             args.speculator_path = str(choose_drafter(args.base_model))
         drafter = load_named_drafter(args.speculator_path)
         args.base_model = args.base_model or drafter.config.verifier_name_or_path
-    args.base_model = args.base_model or PACKAGED_BASE
+    args.base_model = args.base_model or DEFAULT_BASE
     _say(f"base: {args.base_model}; drafter: {args.speculator_path if drafter else 'none'}")
     options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     return Verifier.from_pretrained(args.base_model, args.dtype, args.device, **options), drafter

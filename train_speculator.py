@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recurrent_drafting import cli
+from recurrent_drafting.assets import DEFAULT_BASE
 from recurrent_drafting.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,10 +28,9 @@ if TYPE_CHECKING:
     from recurrent_drafting.data import TokenDataset
     from recurrent_drafting.trainer import DrafterTrainer, TrainingArguments
 
-PACKAGED_BASE = "smollm2-135m-instruct"
 # What --quick sets; any flag given on the command line wins.
 QUICK = {
-    "llm_name_or_path": PACKAGED_BASE,
+    "llm_name_or_path": DEFAULT_BASE,
     "dataset_name": "self",
     "max_steps": 200,
     "per_device_train_batch_size": 4,

