@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from recurrent_drafting import cli
 from recurrent_drafting.assets import DEFAULT_BASE
-from recurrent_drafting.errors import UsageError
+from recurrent_drafting.errors import DataError, ModelError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,7 +74,13 @@ def build_parser() -> cli.ArgumentParser:
     model.add_argument("--beam_width", type=int, default=RecurrentDraftingConfig.beam_width)
     model.add_argument("--beam_length", type=int, default=RecurrentDraftingConfig.beam_length)
     source = parser.add_argument_group("data")
-    source.add_argument("--dataset_name", default="sharegpt", help="self, or a local .json/.jsonl/.txt file")
+    source.add_argument(
+        "--dataset_name",
+        default="sharegpt",
+        help="sharegpt, alpaca, ultrachat, mtbench, wikitext, self (written by the base), or a local "
+        ".json/.jsonl/.parquet/.txt file",
+    )
+    source.add_argument("--dataset_split", help="split of a hub data set (default: its usual one)")
     source.add_argument("--targets", choices=("ground_truth", "regenerated"), default="regenerated")
     source.add_argument("--model_max_length", type=int, default=512, help="tokens; longer rows are cut")
     source.add_argument("--max_train_samples", type=int)
@@ -95,7 +101,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Tra
     if "--quick" in argv:
         parser.set_defaults(**QUICK, bf16=_bf16_pays(argv))
     args = parser.parse_args(argv)
-    args.given_output_dir = args.output_dir
+    check_arguments(args)
     args.output_dir = args.output_dir or _default_output_dir(args)
     if args.warmup_ratio is not None:
         args.warmup_steps = args.warmup_ratio
@@ -104,6 +110,21 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Tra
     if training.report_to and not training.use_wandb and "--report_to" not in argv:
         training.report_to = []
     return args, training
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse values that cannot work, before anything is loaded.
+
+    Raises:
+        UsageError: with the range or the choices.
+    """
+    least = {"model_max_length": 3, "max_train_samples": 1, "max_eval_samples": 1}
+    for name, minimum in least.items():
+        value = getattr(args, name)
+        if value is not None and value < minimum:
+            raise UsageError(f"--{name} must be >= {minimum}, got {value}")
+    if args.phase == "eval" and not args.drafter_name_or_path:
+        raise UsageError("--phase eval measures a drafter: name it with --drafter_name_or_path")
 
 
 def _bf16_pays(argv: Sequence[str]) -> bool:
@@ -155,7 +176,12 @@ def load_data(
     if args.dataset_name == "self":
         rows = distillation.self_rows(verifier, tokenizer, Path(args.output_dir), args.max_train_samples)
     else:
-        conversations, report = data.read_conversations(Path(args.dataset_name), skip_bad_rows=args.skip_bad_rows)
+        conversations, report = data.load_dataset_by_name(
+            args.dataset_name,
+            split=args.dataset_split,
+            max_rows=args.max_train_samples,
+            skip_bad_rows=args.skip_bad_rows,
+        )
         print(f"data: {report.read} conversations from {args.dataset_name}, left out {report.skipped or 'none'}")
         if args.targets == "regenerated":
             rows = distillation.regenerate(conversations, verifier, tokenizer, args.model_max_length)
@@ -164,6 +190,11 @@ def load_data(
             rows = [data.encode(c, tokenizer, args.model_max_length, assistant_only=only) for c in conversations]
     rows, cut = data.truncate(rows[: args.max_train_samples], args.model_max_length)
     training, evaluation = data.split(rows, args.max_eval_samples)
+    if len(training) < args.per_device_train_batch_size:
+        raise DataError(
+            f"{len(training)} training rows are fewer than one batch of {args.per_device_train_batch_size}: "
+            "add data or lower --per_device_train_batch_size"
+        )
     print(
         f"data: {len(training)} training rows ({training.reply_tokens} reply tokens), "
         f"{len(evaluation)} evaluation rows, {cut} cut at {args.model_max_length} tokens"
@@ -218,6 +249,32 @@ def make_trainer(
     )
 
 
+def find_checkpoint(args: argparse.Namespace, drafter: Drafter) -> str | None:
+    """Return the checkpoint to go on from, None for a new run; "True" is the newest one of the output directory.
+
+    Raises:
+        UsageError: there is none.
+        ModelError: it holds a drafter of another shape.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from recurrent_drafting import RecurrentDraftingConfig
+    from recurrent_drafting.checkpoint import load_drafter
+
+    wanted = args.resume_from_checkpoint
+    if not wanted or wanted == "False":
+        return None
+    path = get_last_checkpoint(args.output_dir) if wanted == "True" else wanted
+    if path is None or not Path(path).is_dir():
+        raise UsageError(f"--resume_from_checkpoint {wanted}: expected a directory, found none; name one, or drop it")
+    found, now = load_drafter(path).config.to_dict(), drafter.config.to_dict()
+    names = [name for name in RecurrentDraftingConfig.__annotations__ if name in now]
+    changed = [f"{name} {found.get(name)!r}, now {now[name]!r}" for name in names if found.get(name) != now[name]]
+    if changed:
+        raise ModelError(f"{path} was begun with {'; '.join(changed)}; repeat those or begin a new run")
+    return str(path)
+
+
 def measure(args: argparse.Namespace, verifier: Verifier, drafter: Drafter, tokenizer: Any) -> Path:
     """Decode MT-Bench prompts with drafter and baseline in turn; print and write the figures."""
     from recurrent_drafting import evaluation, lossless
@@ -257,7 +314,7 @@ def execute(args: argparse.Namespace, training: TrainingArguments) -> int:
     if args.phase == "eval":
         print(json.dumps(trainer.evaluate(), indent=2))
         return 0
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=find_checkpoint(args, drafter))
     metrics = trainer.evaluate()
     trainer.save_model(args.output_dir)
     print(f"simulated tau on held-out rows: {metrics['eval_simulated_tau']:.3f}")

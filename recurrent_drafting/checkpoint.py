@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from recurrent_drafting.config import RecurrentDraftingConfig
 from recurrent_drafting.drafter import Drafter
@@ -36,12 +36,18 @@ def load_drafter(name_or_path: str, revision: str | None = None) -> Drafter:
     path = Path(name_or_path)
     if path.exists():
         _check_directory(path)
+        _check_header(path)
     try:
         loaded: Any = Drafter.from_pretrained(
-            name_or_path, revision=revision or "main", use_safetensors=True, output_loading_info=True
+            name_or_path,
+            revision=revision or "main",
+            use_safetensors=True,
+            output_loading_info=True,
+            # Reported below, by name, instead of in a table on the log.
+            ignore_mismatched_sizes=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = _first_line(error)
         if path.exists():
             raise ModelError(f"drafter {path} does not load: {reason}; train or download it again") from error
         raise NetworkError(
@@ -64,11 +70,43 @@ def _check_directory(path: Path) -> None:
         raise ModelError(f"{path} holds no {WEIGHTS}: {found}; convert with safetensors.torch.save_file or train again")
 
 
+def _check_header(path: Path) -> None:
+    """Compare the names and shapes that the weights file declares with the config's, before anything is allocated."""
+    file = path / WEIGHTS
+    try:
+        with safe_open(file, framework="pt") as weights:
+            found = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+        config = RecurrentDraftingConfig.from_pretrained(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        at = file if isinstance(error, SafetensorError) else path
+        raise ModelError(f"drafter {at} does not load: {_first_line(error)}; train or download it again") from error
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in Drafter(config).state_dict().items()}
+    for kind, names in (("missing", expected.keys() - found), ("unexpected", found.keys() - expected)):
+        if names:
+            raise ModelError(f"drafter {path}: {kind} keys in {WEIGHTS}: {', '.join(sorted(names))}")
+    wrong = [
+        f"{name} {list(found[name])}, not {list(shape)}" for name, shape in expected.items() if found[name] != shape
+    ]
+    if wrong:
+        raise ModelError(
+            f"drafter {path}: shapes in {WEIGHTS} differ from {CONFIG}: {'; '.join(wrong)}; train it again"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
 def _check_weights(drafter: Drafter, info: dict[str, object], name: str) -> None:
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        keys = sorted(map(str, info.get(kind) or ()))  # type: ignore[call-overload]
+        found = info.get(kind) or ()
+        keys = sorted(str(item[0] if isinstance(item, tuple) else item) for item in found)  # type: ignore[attr-defined]
         if keys:
             raise ModelError(f"drafter {name}: {kind.replace('_', ' ')} in {WEIGHTS}: {', '.join(keys)}")
     for key, tensor in drafter.state_dict().items():
         if not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"drafter {name}: weights {key} hold NaN or infinity; train or download it again")
+    ids, vocab_size = drafter.draft_token_ids, drafter.config.vocab_size
+    if not bool((ids.diff() > 0).all()) or int(ids[0]) < 0 or int(ids[-1]) >= vocab_size:
+        raise ModelError(f"drafter {name}: expected draft_token_ids rising in 0..{vocab_size - 1}; download it again")

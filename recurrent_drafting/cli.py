@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from recurrent_drafting.errors import RecurrentDraftingError, UsageError
+import torch
+
+from recurrent_drafting.errors import RecurrentDraftingError, ResourceError, UsageError
 
 _INTERRUPTED = 130
-_RESOURCES = 5
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -58,17 +60,33 @@ def run(body: Callable[[], int], debug: bool) -> int:
         debug: print tracebacks too.
     """
     try:
-        return body()
-    except RecurrentDraftingError as error:
-        return _report(" ".join(str(error).split()), error.exit_code, debug)
-    except KeyboardInterrupt:
-        return _report("interrupted", _INTERRUPTED, debug)
-    except MemoryError as error:
-        return _report(f"out of memory: {error or 'the allocation failed'}", _RESOURCES, debug)
+        code = body()
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:
         # The reader of our output left; the interpreter must not complain when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except RecurrentDraftingError as error:
+        return _report(" ".join(str(error).split()), error.exit_code, debug)
+    except KeyboardInterrupt:
+        return _report("interrupted", _INTERRUPTED, debug)
+    except (MemoryError, RuntimeError, OSError) as error:
+        shortage = _shortage(error)
+        if shortage is None:
+            raise
+        return _report(shortage, ResourceError.exit_code, debug)
+
+
+def _shortage(error: Exception) -> str | None:
+    """Say what the machine has run out of, or None if the error is something else."""
+    if isinstance(error, OSError):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return f"{error.strerror}: {error.filename}; free space and run again" if full else None
+    # torch's allocator on the CPU has no error class of its own.
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+        return f"out of memory: {(str(error).strip() or 'the allocation failed').splitlines()[0]}"
+    return None
 
 
 def _report(message: str, code: int, debug: bool) -> int:

@@ -98,6 +98,7 @@ class VerifierCache(Cache):
             for part, states in enumerate((keys, values))
         )
 
+    @torch.inference_mode()
     def keep(self, paths: Sequence[Sequence[int]]) -> None:
         """Commit the accepted nodes of the last forward and forget the others.
 
@@ -116,6 +117,7 @@ class VerifierCache(Cache):
             self.lengths[row] = start + len(path)
         self._slots = None
 
+    @torch.inference_mode()
     def select(self, rows: Sequence[int]) -> None:
         """Keep only the given rows, in the given order; the others leave the batch."""
         for key, storage in self._storage.items():

@@ -144,7 +144,8 @@ def _normaliser(
     grad_features = torch.empty_like(features, dtype=wide)
     grad_weight = torch.zeros_like(weight, dtype=wide)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for start in range(0, features.shape[0], _CHUNK_ROWS):
+    # At least one chunk: a micro-batch may hold no supervised row.
+    for start in range(0, max(features.shape[0], 1), _CHUNK_ROWS):
         rows = slice(start, start + _CHUNK_ROWS)
         logits = features[rows] @ weight.T
         own = logits.gather(1, own_ids[rows].unsqueeze(1))

@@ -6,6 +6,8 @@ position, one loss value per position and depth, normalised here.
 
 from __future__ import annotations
 
+import importlib.util
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,18 +61,33 @@ class TrainingArguments(transformers.TrainingArguments):
     use_wandb: bool = field(default=False)
 
     def __post_init__(self) -> None:
+        self._check()
+        if self.use_wandb:
+            if importlib.util.find_spec("wandb") is None:
+                raise UsageError("use_wandb: Weights & Biases is not installed; run: pip install wandb")
+            self.report_to = ["wandb"]
+        if not torch.cuda.is_available() and not torch.backends.mps.is_available():
+            self.use_cpu = True
+        try:
+            super().__post_init__()  # type: ignore[no-untyped-call]
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+
+    def _check(self) -> None:
+        """Refuse what the base class lets pass until it fails in the middle of a run."""
         if self.objective not in OBJECTIVES:
             raise UsageError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
         if not 0 <= self.kd_alpha <= 1:
             raise UsageError(f"kd_alpha must be in [0, 1], got {self.kd_alpha}")
         for name in ("kd_temperature", "depth_decay", "drafter_predict_n_tokens", "drafter_top_k"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"{name} must be > 0, got {getattr(self, name)}")
-        if self.use_wandb:
-            self.report_to = ["wandb"]
-        if not torch.cuda.is_available() and not torch.backends.mps.is_available():
-            self.use_cpu = True
-        super().__post_init__()  # type: ignore[no-untyped-call]
+            if not 0 < getattr(self, name) < math.inf:
+                raise UsageError(f"{name} must be > 0 and finite, got {getattr(self, name)}")
+        if not 0 <= self.learning_rate < math.inf:
+            raise UsageError(f"learning_rate must be >= 0 and finite, got {self.learning_rate}")
+        least = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
+        for name, minimum in {**least, "seed": 0}.items():
+            if getattr(self, name) < minimum:
+                raise UsageError(f"{name} must be >= {minimum}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -157,7 +174,6 @@ class DrafterTrainer(transformers.Trainer):
         super().__init__(model=model, args=args, **kwargs)
         # The loss is divided by the step's item count below, accumulation and ranks included.
         self.model_accepts_loss_kwargs = True
-        self._draft_ids = _inverse(model.draft_token_ids, model.config.vocab_size)
 
     def compute_loss(  # noqa: D102 - the base class documents it
         self,
@@ -175,7 +191,7 @@ class DrafterTrainer(transformers.Trainer):
                 f"training loss is {loss.item()} at step {self.state.global_step}: expected a finite number; the "
                 "optimizer was not stepped; lower --learning_rate or train in float32 (no --bf16/--fp16)"
             )
-        self._record("", batch, result)
+        self._record(batch, result)
         return (loss, {}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -204,9 +220,12 @@ class DrafterTrainer(transformers.Trainer):
                 hidden = self.verifier.hidden_states(inputs["input_ids"], inputs["attention_mask"])
                 with self.compute_loss_context_manager():
                     batch = self._supervise(inputs)
-                    self._record("", batch, self._head_loss(self.drafter, inputs, batch, hidden))
+                    result = self._head_loss(self.drafter, inputs, batch, hidden)
+                    self._means.add("loss", float(result.total), int(batch.valid.sum()))
+                    self._record(batch, result)
                     simulate(self.drafter, self.verifier, inputs, hidden, self._beam(), stats)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._means.pop_means().items()}
+        means = self._means.pop_means()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         self._means = training_means
         metrics[f"{metric_key_prefix}_simulated_tau"] = stats.tau
         self.log(metrics)
@@ -268,7 +287,7 @@ class DrafterTrainer(transformers.Trainer):
 
     def _targets(self, batch: Supervision, hidden: Tensor) -> losses.HeadTargets:
         """Collect hard targets, and the verifier's distribution once per position of the text."""
-        ids = self._draft_ids.to(batch.targets.device)[batch.targets[batch.valid]]
+        ids = _inverse(self.drafter.draft_token_ids, self.drafter.config.vocab_size)[batch.targets[batch.valid]]
         kl_share = self.args.kd_alpha if self.args.objective == "kl" else 0.0
         if not kl_share:
             return losses.HeadTargets(ids=ids, table=None, index=ids, kl_share=0.0)
@@ -282,16 +301,16 @@ class DrafterTrainer(transformers.Trainer):
             table = (logits / self.args.kd_temperature).softmax(dim=-1)
         return losses.HeadTargets(ids=ids, table=table, index=index, kl_share=kl_share)
 
-    def _record(self, prefix: str, batch: Supervision, result: losses.HeadLoss) -> None:
+    def _record(self, batch: Supervision, result: losses.HeadLoss) -> None:
         """Add per-depth losses and teacher-forced accuracies to the running means."""
         depth = torch.arange(1, batch.valid.shape[1] + 1, device=batch.valid.device).expand_as(batch.valid)[batch.valid]
         for k in range(1, batch.valid.shape[1] + 1):
             here = depth == k
             count = int(here.sum())
-            self._means.add(f"{prefix}loss_depth_{k}", float(result.per_row[here].sum()), count)
+            self._means.add(f"loss_depth_{k}", float(result.per_row[here].sum()), count)
             for top in (1, self.args.drafter_top_k):
                 hits = int((result.ranks[here] < top).sum())
-                self._means.add(f"{prefix}top{top}_depth_{k}", hits, count)
+                self._means.add(f"top{top}_depth_{k}", hits, count)
 
 
 def simulate(
@@ -387,7 +406,7 @@ def choose_draft_vocabulary(rows: TokenDataset, size: str, vocab_size: int) -> t
     Raises:
         UsageError: not a size.
     """
-    if size != "auto" and not (size.isdigit() and int(size) <= vocab_size):
+    if size != "auto" and not (size.isdecimal() and int(size) <= vocab_size):
         raise UsageError(f"draft_vocab_size must be auto or in 0..{vocab_size}, got {size!r}")
     count = min(vocab_size, AUTO_DRAFT_VOCABULARY) if size == "auto" else int(size) or vocab_size
     frequency = torch.zeros(vocab_size, dtype=torch.long)

@@ -8,12 +8,15 @@ of that is not assumed from its name: it is probed once, on a few tokens, when i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -24,9 +27,10 @@ from recurrent_drafting.kv_cache import VerifierCache
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 _FULL, _SLIDING = "full_attention", "sliding_attention"
-# Largest relative gap between a probed forward and the plain model, by dtype: far above rounding,
-# far below what a wrong mask, position or head gives (order 1).
-_PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+# Largest relative gap between a probed tree and the plain model, by dtype: far above rounding, far
+# below what a wrong mask or position gives (order 1). The head alone runs the very same operations,
+# so a tenth of it must do there: a missing soft cap can be as small as a few per cent.
+_PROBE_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ class Verifier:
         self.name_or_path = name_or_path or getattr(model.config, "_name_or_path", "") or model.config.model_type
         self.fingerprint = fingerprint
         self._text_config = model.config.get_text_config(decoder=True)
-        _refuse_unsupported(model, self.name_or_path)
+        if (reason := _unsupported_reason(model, self._text_config)) is not None:
+            raise self._unsupported(reason)
         self._body: nn.Module = model.base_model
         self._head: nn.Module = model.get_output_embeddings()
         self._embedding: nn.Module = model.get_input_embeddings()
@@ -114,8 +119,8 @@ class Verifier:
 
     @property
     def hidden_size(self) -> int:
-        """Return H, the width of what feeds the LM head."""
-        return int(self._text_config.hidden_size)
+        """Return H, the width of what feeds the LM head (some families project to it after the last layer)."""
+        return int(getattr(self._head, "in_features", self._text_config.hidden_size))
 
     @property
     def vocab_size(self) -> int:
@@ -124,8 +129,16 @@ class Verifier:
 
     @property
     def context_window(self) -> int | None:
-        """Return the largest number of positions, None if the model states none."""
-        return getattr(self._text_config, "max_position_embeddings", None)
+        """Return the largest number of positions, None if the model states none.
+
+        With "longrope" it ends where the short frequencies do: beyond, one forward turns all its
+        tokens by the frequencies of its furthest position, so a text would depend on the tree.
+        """
+        window: int | None = getattr(self._text_config, "max_position_embeddings", None)
+        rope = getattr(self._text_config, "rope_parameters", None) or {}
+        if window is not None and rope.get("rope_type") == "longrope":
+            return min(window, int(rope["original_max_position_embeddings"]))
+        return window
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -141,9 +154,12 @@ class Verifier:
         return VerifierCache(int(self._text_config.num_hidden_layers), batch_size, capacity)
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """Look up token embeddings: int64 ``[...]`` -> ``[..., H]``."""
-        embeddings: Tensor = self._embedding(token_ids)
-        return embeddings
+        """Look up token embeddings: int64 ``[...]`` -> ``[..., H]``.
+
+        These are the table's rows as they are, which is what the drafter sees. A factor that the
+        model applies to them (Gemma, Granite) is left out, wherever a version of transformers keeps it.
+        """
+        return nn.functional.embedding(token_ids, self._embedding.get_parameter("weight"))
 
     def head(self, hidden: Tensor, token_ids: Tensor | None = None) -> Tensor:
         """Turn hidden states into the model's own logits.
@@ -164,8 +180,17 @@ class Verifier:
         return self._finish(logits)
 
     def head_rows(self, token_ids: Tensor) -> Tensor:
-        """Return the LM head's weight of some tokens, int64 ``[n]`` -> ``[n, H]``."""
-        weight: Tensor = self._head.get_parameter("weight")
+        """Return the LM head's weight of some tokens, int64 ``[n]`` -> ``[n, H]``.
+
+        Raises:
+            ModelError: the head is no plain linear layer (quantised, adapted), so it has no such rows.
+        """
+        if type(self._head) is not nn.Linear:
+            raise ModelError(
+                f"the LM head of {self.name_or_path} is a {type(self._head).__name__}: expected a plain linear layer "
+                "to read single tokens' rows from; keep the head out of quantisation and adapters"
+            )
+        weight: Tensor = self._head.weight
         return weight[token_ids.to(weight.device)]
 
     @torch.inference_mode()
@@ -216,7 +241,8 @@ class Verifier:
         Returns:
             ``[B, T, H]``; padded positions hold no meaning.
         """
-        with torch.no_grad():
+        # The frozen model computes in its own dtype; autocast would convert around every layer.
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             positions = torch.arange(input_ids.shape[1], device=self.device).expand_as(input_ids)
             # Padding is on the right, where causal attention never looks: the model's own mask will do.
             output = self._body(input_ids=input_ids * attention_mask, position_ids=positions, use_cache=False)
@@ -261,16 +287,11 @@ class Verifier:
         window = _sliding_window(self._text_config)
         if window is None:
             return self._additive(allowed)
-        near = key_positions.unsqueeze(1) > positions.unsqueeze(2) - window
-        types = set(getattr(self._text_config, "layer_types", None) or [_SLIDING])
-        masks = {kind: self._additive(allowed & near if kind == _SLIDING else allowed) for kind in types}
-        if types == {_SLIDING} and not self._takes_mask_by_layer_type:
-            return masks[_SLIDING]
-        return masks
-
-    @property
-    def _takes_mask_by_layer_type(self) -> bool:
-        return getattr(self._text_config, "layer_types", None) is not None
+        near = allowed & (key_positions.unsqueeze(1) > positions.unsqueeze(2) - window)
+        layer_types = getattr(self._text_config, "layer_types", None)
+        if layer_types is None:
+            return self._additive(near)
+        return {kind: self._additive(near if kind == _SLIDING else allowed) for kind in set(layer_types)}
 
     def _additive(self, allowed: Tensor) -> Tensor:
         mask = torch.zeros(allowed.shape, dtype=self.dtype, device=allowed.device)
@@ -298,28 +319,52 @@ class Verifier:
 
     @torch.inference_mode()
     def _probe(self) -> None:
-        """Compare prefill, a branching tree and the head with plain forwards of the model."""
-        first, root, left, right = (min(id_, self.vocab_size - 1) for id_ in (5, 7, 11, 13))
-        cache = self.new_cache(1, 5)
+        """Compare the head, and a branching tree behind two prefixes, with plain forwards of the model.
+
+        The window is narrowed meanwhile, so that these few tokens reach beyond it.
+        """
+        *prefix, root, left, right = (id_ % self.vocab_size for id_ in (5, 7, 11, 13, 17, 19, 23))
+        prompts = [prefix, prefix[:2]]
+        head_gap = tree_gap = 0.0
+        try:
+            with _narrow_window(self._text_config):
+                logits = self._probe_tree(prompts, [root, left, right])
+                for got, prompt in zip(logits, prompts, strict=True):
+                    hidden, expected = self._plain([[*prompt, root, leaf] for leaf in (left, right)])
+                    head_gap = max(head_gap, _relative_gap(self.head(hidden), expected))
+                    tree_gap = max(tree_gap, _relative_gap(got[1:], expected[:, -1]))
+        except (TypeError, AttributeError, AssertionError, LookupError, RuntimeError, ValueError) as error:
+            raise self._unsupported(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+        tolerance = _PROBE_TOLERANCE.get(self.dtype, 0.1)
+        if head_gap > tolerance / 10:
+            raise self._unsupported(f"its LM head alone gives logits {head_gap:.2g} (relative) off its forward")
+        if tree_gap > tolerance:
+            raise self._unsupported(f"a tree of 3 nodes gives logits {tree_gap:.2g} (relative) off a plain forward")
+
+    def _probe_tree(self, prompts: list[list[int]], tokens: list[int]) -> Tensor:
+        """Prefill and verify a root with two children."""
+        rows, nodes = len(prompts), len(tokens)
+        cache = self.new_cache(rows, max(map(len, prompts)) + nodes)
         tree = DraftTree(
-            tokens=torch.tensor([[root, left, right]], device=self.device),
-            parents=torch.tensor([[0, 0, 0]], device=self.device),
-            depths=torch.tensor([[0, 1, 1]], device=self.device),
-            log_probs=torch.zeros(1, 3, device=self.device),
-            valid=torch.ones(1, 3, dtype=torch.bool, device=self.device),
+            tokens=torch.tensor([tokens] * rows, device=self.device),
+            parents=torch.zeros(rows, nodes, dtype=torch.long, device=self.device),
+            depths=torch.tensor([[0, 1, 1]] * rows, device=self.device),
+            log_probs=torch.zeros(rows, nodes, device=self.device),
+            valid=torch.ones(rows, nodes, dtype=torch.bool, device=self.device),
             height=1,
         )
+        self.prefill(prompts, cache)
+        return self.verify(tree, cache).logits
+
+    def _plain(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Run the model as it is: what fed its LM head, and its logits."""
+        seen: list[Tensor] = []
+        hook = self._head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
-            self.prefill([[first, first]], cache)
-            got = self.verify(tree, cache).logits[0]
-        except (TypeError, AttributeError, IndexError, RuntimeError, ValueError) as error:
-            raise self._unsupported(f"{type(error).__name__}: {error}".splitlines()[0]) from error
-        for node, leaf in ((1, left), (2, right)):
-            ids = torch.tensor([[first, first, root, leaf]], device=self.device)
-            expected = self.model(input_ids=ids, use_cache=False).logits[0, -1]
-            gap = (got[node].float() - expected.float()).abs().max() / expected.float().abs().max()
-            if not gap <= _PROBE_TOLERANCE.get(self.dtype, 0.1):
-                raise self._unsupported(f"a tree of 3 nodes gives logits {gap:.2g} (relative) off a plain forward")
+            logits = self.model(input_ids=torch.tensor(rows, device=self.device), use_cache=False).logits
+        finally:
+            hook.remove()
+        return seen[0], logits
 
     def _unsupported(self, reason: str) -> ModelError:
         return ModelError(
@@ -329,26 +374,55 @@ class Verifier:
         )
 
 
-def _refuse_unsupported(model: PreTrainedModel, name: str) -> None:
-    """Refuse families that cannot be verified, with the reason."""
-    kind = model.config.model_type
-    if model.config.is_encoder_decoder:
-        raise ModelError(f"{name} ({kind}) is an encoder-decoder model: expected a decoder-only causal LM")
-    if model.get_output_embeddings() is None:
-        raise ModelError(f"{name} ({kind}) has no LM head: load it with AutoModelForCausalLM")
-    if not getattr(model, "_supports_attention_backend", True) and getattr(model, "_is_stateful", False):
-        raise ModelError(f"{name} ({kind}) keeps a recurrent state that cannot roll back to the accepted path")
-    if getattr(model, "_is_stateful", False):
-        raise ModelError(f"{name} ({kind}) keeps a recurrent state that cannot roll back to the accepted path")
+def _unsupported_reason(model: PreTrainedModel, text_config: Any) -> str | None:
+    """Say why a model cannot verify a tree, as far as it shows without running; the probe finds the rest."""
+    takes = inspect.signature(model.base_model.forward).parameters
+    foreign = sorted(set(getattr(text_config, "layer_types", None) or ()) - {_FULL, _SLIDING})
+    checks = (
+        (model.config.is_encoder_decoder, "it is an encoder-decoder model"),
+        (model.get_output_embeddings() is None, "it has no LM head: load it with AutoModelForCausalLM"),
+        (model._is_stateful, "it keeps a recurrent state, which cannot roll back to the accepted path"),
+        (bool(foreign), f"it has layers of type {', '.join(foreign)}"),
+        ("position_ids" not in takes, "its body takes no positions (ALiBi and the like count cache slots instead)"),
+        (getattr(text_config, "alibi", False), "its ALiBi biases count cache slots, not depths in the tree"),
+        (
+            "local" in getattr(text_config, "attention_layers", ()),
+            "its local attention counts cache slots, not depths in the tree",
+        ),
+        (
+            any(parameter.is_meta for parameter in model.parameters()),
+            "some of its weights are not in memory (offloaded): load it without offloading",
+        ),
+    )
+    return next((reason for applies, reason in checks if applies), None)
+
+
+def _relative_gap(got: Tensor, expected: Tensor) -> float:
+    """Return the largest difference in units of the largest expected value; infinite where either is not finite."""
+    gap = float((got.float() - expected.float()).abs().max() / expected.float().abs().max())
+    return gap if math.isfinite(gap) else math.inf
+
+
+@contextmanager
+def _narrow_window(config: Any) -> Iterator[None]:
+    """Set the sliding window, if the config names one, to 3 tokens for a while."""
+    window = getattr(config, "sliding_window", None)
+    if not window:
+        yield
+        return
+    config.sliding_window = min(window, 3)
+    try:
+        yield
+    finally:
+        config.sliding_window = window
 
 
 def _sliding_window(config: Any) -> int | None:
     """Return the sliding window in tokens, None where every layer sees everything."""
     window = getattr(config, "sliding_window", None)
-    if window is None or getattr(config, "use_sliding_window", True) is False:
-        return None
-    types = getattr(config, "layer_types", None)
-    return int(window) if types is None or _SLIDING in types else None
+    layer_types = getattr(config, "layer_types", None)
+    slides = getattr(config, "use_sliding_window", True) if layer_types is None else _SLIDING in layer_types
+    return int(window) if window and slides else None
 
 
 def resolve_device(name: str) -> torch.device:
@@ -377,6 +451,8 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if _computes_bf16(device) else torch.float32
     if name not in _DTYPES:
         raise UsageError(f"dtype {name!r} is unknown: expected one of auto, {', '.join(_DTYPES)}")
+    if name == "fp64" and device.type == "mps":
+        raise UsageError("dtype fp64 is not on device mps: expected one of auto, fp32, bf16, fp16, or device cpu")
     return _DTYPES[name]
 
 
@@ -395,15 +471,20 @@ def _load(source: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTraine
         config = AutoConfig.from_pretrained(source, **options)
         if config.is_encoder_decoder:
             raise ModelError(f"{source} ({config.model_type}) is an encoder-decoder model: expected a causal LM")
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, use_safetensors=True, **options
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
-        if Path(source).exists():
+        if Path(source).exists() or not isinstance(error, OSError):
             raise ModelError(f"base model {source} does not load: {reason}") from error
         raise NetworkError(
             f"base model {source!r} is no local path and the hub did not give it: {reason} "
             f"Use a local path or a packaged model ({', '.join(assets.model_names())})"
         ) from error
+    model: PreTrainedModel
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        # transformers would go on with random values in their place.
+        raise ModelError(f"base model {source} does not load: {len(missing)} weights are missing, first {missing[0]}")
     return model

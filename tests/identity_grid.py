@@ -1,0 +1,116 @@
+"""The full identity grid: families, attentions, beams, settings, seeds, batches, padding and drafters, in float64.
+
+``python -m tests.identity_grid --output benchmarks/results/identity-grid.json``; a small part runs in test_families.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from recurrent_drafting import AutoregressiveDecoder, SpeculativeDecoder, Verifier, cli, evaluation
+from recurrent_drafting.errors import NumericsError
+from tests.families import FAMILIES
+from tests.test_identity import Case, build_decoder, left_padded, random_case
+from tests.tiny import NoisyOracleDecoder
+
+# Probability with which the drafter proposes the true token; None is a random drafter with a real beam search.
+DRAFTERS: dict[str, tuple[float, float] | None] = {
+    "random": None,
+    "noisy oracle": (0.3, 0.9),
+    "perfect": (1.0, 1.0),
+    "adversarial": (0.0, 0.0),
+}
+
+
+def variants() -> list[tuple[str, str, bool]]:
+    """List (family, attention, windowed)."""
+    return [
+        (name, attention, windowed)
+        for name, family in FAMILIES.items()
+        for attention in family.attentions
+        for windowed in ((False, True) if family.window else (False,))
+    ]
+
+
+def with_drafter(case: Case, drafter: str, rng: random.Random) -> Case:
+    """Give a case its drafter."""
+    span = DRAFTERS[drafter]
+    return replace(case, oracle=False) if span is None else replace(case, oracle=True, probability=rng.uniform(*span))
+
+
+def run_case(
+    verifier: Verifier, baseline: AutoregressiveDecoder, case: Case, seed: int
+) -> tuple[bool, SpeculativeDecoder]:
+    """Tell whether texts and finish reasons are equal; return the decoder for its counts."""
+    options = {"max_new_tokens": case.max_new_tokens, "sampling": case.sampling, "request_ids": case.requests}
+    expected = baseline.generate(case.prompts, **options)
+    decoder = build_decoder(verifier, case, seed)
+    if isinstance(decoder, NoisyOracleDecoder):
+        decoder.truth = expected.sequences
+    got = decoder.generate(*(left_padded(case.prompts) if case.as_tensor else (case.prompts,)), **options)
+    same = got.sequences == expected.sequences and got.finish_reasons == expected.finish_reasons
+    return same, decoder
+
+
+def run(cases: int) -> dict[str, object]:
+    """Run the grid; return what was found."""
+    counts: Counter[str] = Counter()
+    different: list[str] = []
+    grid = variants()
+    for name, attention, windowed in tqdm(grid, desc="identity grid", unit="variant"):
+        verifier = Verifier(FAMILIES[name].model(attention, windowed=windowed))
+        baseline = AutoregressiveDecoder(verifier)
+        rng = random.Random(f"{name} {attention} {windowed}")
+        for index in range(cases):
+            drafter = list(DRAFTERS)[index % len(DRAFTERS)]
+            case = with_drafter(random_case(rng), drafter, rng)
+            same, decoder = run_case(verifier, baseline, case, index)
+            counts["cases"] += 1
+            counts["rows"] += len(case.prompts)
+            if not same:
+                different.append(f"{name} {attention} {'window' if windowed else ''} case {index} ({drafter}): {case}")
+            if isinstance(decoder, NoisyOracleDecoder) and drafter == "noisy oracle":
+                counts["oracle_steps"] += decoder.steps
+                counts["oracle_partly_accepted"] += decoder.partly_accepted
+                counts["oracle_non_contiguous"] += decoder.moved
+    return {
+        "command": f"python -m tests.identity_grid --cases {cases}",
+        "machine": evaluation.machine(),
+        "families": sorted({FAMILIES[name].model_type for name, _, _ in grid}),
+        "variants": len(grid),
+        **counts,
+        "partly_accepted": counts["oracle_partly_accepted"] / counts["oracle_steps"],
+        "non_contiguous": counts["oracle_non_contiguous"] / counts["oracle_steps"],
+        "different": different,
+    }
+
+
+def main() -> int:
+    """Parse the command line and run it."""
+    parser = cli.ArgumentParser(prog="python -m tests.identity_grid", description=__doc__)
+    parser.add_argument("--cases", type=int, default=40, help="cases per variant")
+    parser.add_argument("--output", type=Path)
+    args: argparse.Namespace = parser.parse_args()
+    record = run(args.cases)
+    if args.output:
+        evaluation.write_json(record, args.output)
+    print(
+        f"{record['rows']} rows in {record['cases']} cases, {record['variants']} variants of "
+        f"{len(record['families'])} model types: {len(record['different'])} cases differ; noisy oracle: "
+        f"{record['partly_accepted']:.0%} of steps partly accepted, {record['non_contiguous']:.0%} keep "
+        "non-contiguous rows"
+    )
+    if record["different"]:
+        raise NumericsError(f"first difference: {record['different'][0]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, debug=False))

@@ -1,0 +1,145 @@
+"""The shape of the code: import order, what no module may do, and that importing changes nothing."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NAME = "recurrent_drafting"
+PACKAGE = sorted((ROOT / NAME).glob("*.py"))
+SCRIPTS = sorted(path for path in ROOT.glob("*.py") if path.name != "setup.py")
+MAX_FUNCTION_LINES = 60
+
+# A module imports only modules above it; ``__init__`` is whatever takes names from the package itself.
+ORDER = (
+    "errors",
+    "config",
+    "assets",
+    "draft_tree",
+    "kv_cache",
+    "sampling",
+    "acceptance",
+    "drafter",
+    "checkpoint",
+    "beam_search",
+    "verifier",
+    "metrics",
+    "tree_budget",
+    "decoding",
+    "lossless",
+    "losses",
+    "cli",
+    "data",
+    "distillation",
+    "trainer",
+    "__init__",
+    "evaluation",
+    "chat",
+)
+
+# Everything a process shares that an import could disturb, before and after importing the package.
+IMPORT_PROBE = f"""
+import logging, random, signal, sys
+import numpy, torch
+
+def shared():
+    return (
+        torch.get_rng_state().tolist(), random.getstate(), numpy.random.get_state()[1].tolist(),
+        torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads(),
+        len(logging.getLogger().handlers), signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT),
+    )
+
+random.seed(1), numpy.random.seed(2), torch.manual_seed(3)
+before = shared()
+import {NAME}
+print([name for name in ("vllm", "wandb", "datasets", "gguf") if name in sys.modules])
+for module in sys.argv[1:]:
+    __import__(module)
+print(before == shared())
+"""
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported(path: Path) -> set[str]:
+    """Return the package's modules that a file imports, wherever in the file it does."""
+    modules = {item.stem for item in PACKAGE}
+    found: set[str] = set()
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}:{node.lineno}: relative import"
+            head, _, rest = (node.module or "").partition(".")
+            names = [rest.partition(".")[0]] if rest else [alias.name for alias in node.names]
+            found |= {name if name in modules else "__init__" for name in names if head == NAME}
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                head, _, rest = alias.name.partition(".")
+                found |= {rest or "__init__"} if head == NAME else set()
+    return found
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return (node for node in ast.walk(tree_of(path)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+
+
+def broad(handler: ast.ExceptHandler) -> bool:
+    kinds = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
+    return any(kind is None or ast.unparse(kind) in ("Exception", "BaseException") for kind in kinds)
+
+
+def run(*commands: list[str]) -> list[tuple[int, str, str]]:
+    """Run Python processes side by side; return code, output and errors of each."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for command in commands
+    ]
+    results = [process.communicate(timeout=120) for process in processes]
+    return [(process.returncode, *texts) for process, texts in zip(processes, results, strict=True)]
+
+
+def test_the_order_names_every_module_once() -> None:
+    assert sorted(ORDER) == [path.stem for path in PACKAGE]
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: path.stem)
+def test_a_module_imports_only_modules_above_it(path: Path) -> None:
+    above = set(ORDER[: ORDER.index(path.stem)])
+    assert imported(path) <= above
+
+
+@pytest.mark.parametrize("path", [*PACKAGE, *SCRIPTS], ids=lambda path: path.stem)
+def test_no_broad_except_and_no_long_function(path: Path) -> None:
+    handlers = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.ExceptHandler)]
+    assert [handler.lineno for handler in handlers if broad(handler)] == []
+    lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions(path)}
+    assert {name: lines for name, lines in lengths.items() if lines > MAX_FUNCTION_LINES} == {}
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: path.stem)
+def test_the_package_never_prints(path: Path) -> None:
+    calls = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]
+    assert [call.lineno for call in calls if ast.unparse(call.func) == "print"] == []
+
+
+def test_importing_the_package_changes_nothing_and_needs_no_optional_package() -> None:
+    modules = [f"{NAME}.{module}" for module in ORDER if module != "__init__"]
+    [(_, out, err)] = run(["-c", IMPORT_PROBE, *modules])
+    assert out.splitlines() == ["[]", "True"], err
+
+
+def test_help_and_a_misspelt_flag_of_the_generation_script() -> None:
+    script = "generate_speculator.py"
+    (code, out, err), (misspelt_code, misspelt_out, misspelt_err) = run([script, "--help"], [script, "--interactiv"])
+    assert (code, err) == (0, "") and "--interactive" in out
+    assert (misspelt_code, misspelt_out) == (2, "")
+    assert misspelt_err.count("\n") == 1 and "did you mean --interactive?" in misspelt_err

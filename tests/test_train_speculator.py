@@ -1,0 +1,406 @@
+"""The training script from its command line: a drafter comes out, and every fault has its code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import train_speculator
+from recurrent_drafting import RecurrentDraftingConfig, Verifier
+from recurrent_drafting.assets import DEFAULT_BASE
+from recurrent_drafting.checkpoint import load_drafter
+from recurrent_drafting.decoding import check_fit
+from recurrent_drafting.trainer import TrainingArguments
+from tests.text_models import save_base, save_drafter
+from train_speculator import main
+
+FAST = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--save_strategy", "no", "--disable_tqdm", "True"]
+SMALL = ["--model_max_length", "96", "--max_eval_samples", "1", "--seed", "3"]
+GIVEN = ["--targets", "ground_truth"]
+
+
+def save_chats(path: Path, count: int = 8, extra: str = "") -> Path:
+    rows = [{"prompt": f"question {index}", "response": f"the answer is {index * 7}"} for index in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + extra)
+    return path
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_base(tmp_path_factory.mktemp("train") / "base"))
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> str:
+    return str(save_chats(tmp_path / "chats.jsonl"))
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run in an empty directory; nothing is tried over the network (what HF_HUB_OFFLINE=1 does at start-up)."""
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def run(base: str, data: str, *argv: str) -> int:
+    return main(["--llm_name_or_path", base, "--dataset_name", data, "--output_dir", "out", *FAST, *SMALL, *argv])
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+# Training
+
+
+@pytest.mark.parametrize("targets", ["ground_truth", "regenerated"])
+def test_a_drafter_comes_out_that_fits_its_base(
+    base: str, chats: str, targets: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(base, chats, "--targets", targets, "--drafter_num_layers", "1", "--beam_width", "3") == 0
+    out = capsys.readouterr().out
+    assert "8 conversations from" in out and "left out none" in out
+    assert "simulated tau on held-out rows: " in out and "drafter saved: out" in out
+    drafter = load_drafter("out")
+    config = drafter.config
+    assert (config.verifier_name_or_path, config.hidden_size, config.vocab_size) == (base, 32, 258)
+    assert (config.num_draft_layers, config.beam_width, config.num_draft_tokens) == (1, 3, 4)
+    check_fit(Verifier.from_pretrained(base, "fp32", "cpu"), drafter)
+    start = load_drafter(str(save_drafter(Path("start"), Path(base))))
+    assert not drafter.head.weight.equal(start.head.weight)
+    assert sorted(path.name for path in Path("out").glob("*.safetensors")) == ["model.safetensors"]
+
+
+def test_the_same_seed_gives_the_same_drafter_and_another_does_not(base: str, chats: str) -> None:
+    drafters = []
+    for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        assert run(base, chats, *GIVEN, "--output_dir", name, "--seed", seed) == 0
+        drafters.append(load_drafter(name).state_dict())
+    assert all(drafters[0][name].equal(drafters[1][name]) for name in drafters[0])
+    assert not all(drafters[0][name].equal(drafters[2][name]) for name in drafters[0])
+
+
+def test_self_written_data_needs_no_file(base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The base is made to end its turns as often as it writes any other character."""
+    ending = Path(shutil.copytree(base, "ending"))
+    tensors = load_file(ending / "model.safetensors")
+    tensors["lm_head.weight"][1] *= 10
+    save_file(tensors, ending / "model.safetensors", {"format": "pt"})
+    assert run(str(ending), "self", "--max_train_samples", "8") == 0
+    chunk = json.loads(Path("out/self_data/chunk-00000.json").read_text())
+    assert len(chunk["rows"]) + sum(chunk["rejected"].values()) == 8
+    kept = [int(count) for count in re.findall(r"(\d+) (?:training|evaluation) rows", capsys.readouterr().out)]
+    assert 2 <= sum(kept) <= len(chunk["rows"])
+    load_drafter("out")
+
+
+def test_a_base_that_writes_no_prompt_is_a_data_error(base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(base, "self", "--max_train_samples", "2") == 3
+    assert "self_data: expected chunks of self-written data with rows, got none" in error_line(capsys)
+
+
+@pytest.mark.parametrize(("size", "tokens"), [("auto", 258), ("0", 258), ("20", 20)], ids=["auto", "all", "twenty"])
+def test_draft_vocabulary_sizes(
+    base: str, chats: str, size: str, tokens: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(base, chats, *GIVEN, "--draft_vocab_size", size) == 0
+    assert f"draft vocabulary: {tokens} of 258 tokens" in capsys.readouterr().out
+    drafter = load_drafter("out")
+    ids = drafter.draft_token_ids.tolist()
+    assert len(ids) == tokens == len(drafter.head.weight) and ids == sorted(set(ids))
+
+
+def test_shape_flags_reach_the_drafter(base: str, chats: str) -> None:
+    argv = ["--exit_dim_multiplier", "2", "--no-rnn", "--drafter_predict_n_tokens", "2", "--beam_length", "3"]
+    assert run(base, chats, *GIVEN, *argv) == 0
+    config = load_drafter("out").config
+    assert (config.exit_dim, config.rnn, config.num_draft_tokens, config.beam_length) == (64, False, 2, 3)
+
+
+def test_training_in_bf16_saves_a_float32_drafter(base: str, chats: str) -> None:
+    assert run(base, chats, *GIVEN, "--bf16") == 0
+    drafter = load_drafter("out")
+    assert drafter.dtype == torch.float32
+    assert not drafter.head.weight.equal(drafter.head.weight.bfloat16().float())  # steps below bf16's grid count
+
+
+def test_training_goes_on_from_a_named_drafter(base: str, chats: str) -> None:
+    start = save_drafter(Path("start"), Path(base), beam_width=7)
+    argv = ["--drafter_name_or_path", "start", "--learning_rate", "0"]
+    assert run(base, chats, *GIVEN, *argv) == 0
+    before, after = load_drafter(str(start)), load_drafter("out")
+    assert after.config.beam_width == 7
+    assert all(before.state_dict()[name].equal(tensor) for name, tensor in after.state_dict().items())
+
+
+def test_evaluation_alone_trains_and_writes_nothing(base: str, chats: str, capsys: pytest.CaptureFixture[str]) -> None:
+    save_drafter(Path("start"), Path(base))
+    before = (Path("start") / "model.safetensors").read_bytes()
+    assert run(base, chats, *GIVEN, "--phase", "eval", "--drafter_name_or_path", "start") == 0
+    out = capsys.readouterr().out
+    metrics = json.loads(out[out.index("{\n") :])
+    assert {"eval_simulated_tau", "eval_top1_depth_1", "eval_top5_depth_4"} <= metrics.keys()
+    assert metrics["eval_simulated_tau"] >= 1
+    assert (Path("start") / "model.safetensors").read_bytes() == before
+    assert not list(Path("out").glob("*.safetensors"))
+
+
+def test_resuming_gives_what_an_uninterrupted_run_gives(base: str, chats: str) -> None:
+    argv = [*GIVEN, "--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2"]
+    assert run(base, chats, *argv) == 0
+    whole = load_drafter("out").state_dict()
+    shutil.copytree("out/checkpoint-2", "parts/checkpoint-2")
+    assert run(base, chats, *argv, "--output_dir", "parts", "--resume_from_checkpoint", "parts/checkpoint-2") == 0
+    parts = load_drafter("parts").state_dict()
+    assert all(whole[name].equal(parts[name]) for name in whole)
+
+
+# The output directory
+
+
+def test_a_directory_that_is_not_empty_needs_a_word(base: str, chats: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("out").mkdir()
+    Path("out/precious").write_text("mine")
+    assert run(base, chats, *GIVEN) == 2
+    line = error_line(capsys)
+    assert "--output_dir out is not empty" in line and "--overwrite_output_dir" in line
+    assert [path.name for path in Path("out").iterdir()] == ["precious"]
+    assert run(base, chats, *GIVEN, "--overwrite_output_dir") == 0
+    load_drafter("out")
+    assert Path("out/precious").read_text() == "mine"
+
+
+def test_a_path_that_is_taken_or_below_a_file(base: str, chats: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("file").write_text("mine")
+    for path in ("file", "file/below"):
+        assert run(base, chats, *GIVEN, "--output_dir", path) == 2
+        assert f"--output_dir {path} cannot be used" in error_line(capsys)
+    assert Path("file").read_text() == "mine"
+
+
+def test_a_read_only_directory(
+    base: str, chats: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The superuser may write anywhere, so the system's own answer is given in its place."""
+    answer = os.access
+    monkeypatch.setattr(os, "access", lambda path, *args: str(path) != "out" and answer(path, *args))
+    assert run(base, chats, *GIVEN) == 2
+    assert "--output_dir out is read-only" in error_line(capsys)
+
+
+# Usage
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--drafter_num_layer", "2"], "did you mean --drafter_num_layers?"),
+        (["--learnin_rate", "1"], "did you mean --learning_rate?"),
+        (["--quik"], "did you mean --quick?"),
+        (["--phase", "nap"], "invalid choice: 'nap'"),
+        (["--targets", "none"], "invalid choice: 'none'"),
+        (["--beam_width", "wide"], "invalid int value: 'wide'"),
+    ],
+)
+def test_parse_errors(argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leave:
+        main(argv)
+    assert leave.value.code == 2
+    err = capsys.readouterr().err
+    assert expected in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--objective", "mse"], "objective must be one of"),
+        (["--kd_alpha", "2"], "kd_alpha must be in [0, 1]"),
+        (["--drafter_predict_n_tokens", "0"], "drafter_predict_n_tokens must be > 0"),
+        (["--drafter_num_layers", "-1"], "num_draft_layers must be an integer >= 0"),
+        (["--beam_width", "0"], "beam width must be an integer >= 1"),
+        (["--beam_length", "0"], "beam length must be an integer >= 1"),
+        (["--exit_dim_multiplier", "0"], "exit_dim must be an integer >= 1"),
+        (["--draft_vocab_size", "259"], "draft_vocab_size must be auto or in 0..258, got '259'"),
+        (["--draft_vocab_size", "some"], "draft_vocab_size must be auto or in 0..258, got 'some'"),
+        (["--model_max_length", "0"], "model_max_length"),
+        (["--max_train_samples", "-1"], "max_train_samples"),
+        (["--max_eval_samples", "-1"], "max_eval_samples"),
+        (["--dataset_name", "sharegtp"], "did you mean sharegpt?"),
+        (["--bf16", "--fp16"], "fp16"),
+        (["--per_device_train_batch_size", "0"], "batch"),
+        (["--learning_rate", "nan"], "learning"),
+        (["--seed", "-1"], "eed"),
+        (["--phase", "eval"], "--drafter_name_or_path"),
+    ],
+    ids=lambda value: "_".join(value) if isinstance(value, list) else "",
+)
+def test_usage_errors(
+    base: str, chats: str, argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(base, chats, *GIVEN, *argv) == 2
+    assert expected in error_line(capsys)
+
+
+def test_wandb_that_is_missing_is_a_usage_error(
+    base: str, chats: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert run(base, chats, *GIVEN, "--use_wandb", "True") == 2
+    assert "pip install wandb" in error_line(capsys)
+
+
+def test_defaults_are_those_of_the_classes(base: str) -> None:
+    args, training = train_speculator.parse_arguments(["--llm_name_or_path", base])
+    assert args.output_dir == "models/base-recurrent-drafter"
+    assert (args.beam_width, args.beam_length, args.rnn) == (
+        RecurrentDraftingConfig.beam_width,
+        RecurrentDraftingConfig.beam_length,
+        RecurrentDraftingConfig.rnn,
+    )
+    usual = TrainingArguments(output_dir="x")
+    for name in ("learning_rate", "objective", "drafter_predict_n_tokens", "num_train_epochs"):
+        assert getattr(training, name) == getattr(usual, name)
+
+
+def test_quick_sets_defaults_and_gives_way_to_flags() -> None:
+    args, training = train_speculator.parse_arguments(["--quick", "--max_steps", "7", "--dataset_name", "x.jsonl"])
+    assert (args.llm_name_or_path, args.dataset_name) == (DEFAULT_BASE, "x.jsonl")
+    assert (training.max_steps, training.learning_rate) == (7, train_speculator.QUICK["learning_rate"])
+
+
+def test_a_second_quick_run_gets_a_directory_of_its_own() -> None:
+    names = []
+    for _ in range(3):
+        args, _training = train_speculator.parse_arguments(["--quick"])
+        names.append(args.output_dir)
+        Path(args.output_dir).mkdir(parents=True)
+    stem = f"models/{DEFAULT_BASE}-recurrent-drafter"
+    assert names == [stem, f"{stem}-2", f"{stem}-3"]
+
+
+def test_warmup_as_a_share_of_the_steps() -> None:
+    _, training = train_speculator.parse_arguments(["--warmup_ratio", "0.25"])
+    assert training.get_warmup_steps(200) == 50
+
+
+# Data
+
+
+def test_a_missing_data_file(base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(base, "nowhere.jsonl") == 3
+    assert "nowhere.jsonl cannot be read" in error_line(capsys)
+
+
+def test_a_malformed_line_is_named_or_skipped_and_counted(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save_chats(tmp_path / "bad.jsonl", extra='{"prompt": "cut\n{"prompt": "no reply"}\n')
+    assert run(base, str(path), *GIVEN) == 3
+    line = error_line(capsys)
+    assert f"{path}:9" in line and "malformed JSON" in line
+    assert not [item for item in Path("out").rglob("*") if item.is_file()]
+    assert run(base, str(path), *GIVEN, "--skip_bad_rows") == 0
+    out = capsys.readouterr().out
+    assert "8 conversations" in out and "'malformed JSON': 1" in out and "'missing field': 1" in out
+
+
+@pytest.mark.parametrize(
+    ("count", "argv", "expected"),
+    [
+        (0, [], "expected at least one conversation, got an empty file"),
+        (1, [], "training needs at least 2 rows"),
+        (8, ["--max_train_samples", "1"], "training needs at least 2 rows"),
+        (8, ["--per_device_train_batch_size", "100"], "100"),
+        (8, ["--model_max_length", "8"], "training needs at least 2 rows with a reply, got 0"),
+    ],
+)
+def test_too_little_data(
+    base: str, tmp_path: Path, count: int, argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(base, str(save_chats(tmp_path / "few.jsonl", count)), *GIVEN, *argv) == 3
+    assert expected in error_line(capsys)
+
+
+# Models
+
+
+def test_a_base_that_is_nowhere(chats: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("nobody/no-such-base", chats) == 7
+    line = error_line(capsys)
+    assert "nobody/no-such-base" in line and DEFAULT_BASE in line
+
+
+def test_a_base_with_missing_weights(base: str, tmp_path: Path, chats: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = shutil.copytree(base, tmp_path / "partial")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert run(str(folder), chats) == 4
+    assert "model.layers.1.mlp.up_proj.weight" in error_line(capsys)
+
+
+def test_a_base_that_does_not_load(tmp_path: Path, chats: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    assert run(str(tmp_path / "empty"), chats) == 4
+    assert str(tmp_path / "empty") in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"hidden_size": 16}, "expected hidden_size 32, the drafter has 16"),
+        ({"vocab_size": 300}, "expected vocab_size 258, the drafter has 300"),
+    ],
+)
+def test_a_drafter_of_another_base(
+    base: str, chats: str, overrides: dict[str, Any], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_drafter(Path("other"), Path("elsewhere"), **overrides)
+    assert run(base, chats, *GIVEN, "--drafter_name_or_path", "other") == 4
+    assert expected in error_line(capsys)
+
+
+def test_a_drafter_that_is_missing(base: str, chats: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("empty").mkdir()
+    assert run(base, chats, *GIVEN, "--drafter_name_or_path", "empty") == 4
+    assert "empty is no drafter" in error_line(capsys)
+
+
+def test_resuming_from_a_checkpoint_that_is_not_there(
+    base: str, chats: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(base, chats, *GIVEN, "--resume_from_checkpoint", "nowhere") in (2, 4)
+    assert "nowhere" in error_line(capsys)
+
+
+def test_resuming_with_another_shape_names_the_difference(
+    base: str, chats: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*GIVEN, "--save_strategy", "steps", "--save_steps", "2"]
+    assert run(base, chats, *argv) == 0
+    capsys.readouterr()
+    assert run(base, chats, *argv, "--resume_from_checkpoint", "out/checkpoint-2", "--drafter_num_layers", "3") == 4
+    line = error_line(capsys)
+    assert "num_draft_layers" in line or "drafter_num_layers" in line
+
+
+def test_a_non_finite_loss_keeps_the_last_checkpoint(base: str, chats: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [*GIVEN, "--max_steps", "30", "--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "2"]
+    assert run(base, chats, *argv, "--learning_rate", "1e38", "--max_grad_norm", "0", "--optim", "sgd") == 6
+    assert "the optimizer was not stepped" in error_line(capsys)
+    last = max(Path("out").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    assert json.loads((last / "trainer_state.json").read_text())["global_step"] >= 1
+    load_drafter(str(last))

@@ -1,0 +1,115 @@
+"""The tree size that maximises expected tokens per second, by brute force."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from recurrent_drafting import BeamConfig, Verifier
+from recurrent_drafting.draft_tree import Beams, DraftTree
+from recurrent_drafting.tree_budget import NODE_COUNTS, LatencyCurve
+from tests.tiny import CONFIGS, make_drafter, make_verifier
+
+
+def random_tree(seed: int, batch: int = 2, length: int = 2, width: int = 3) -> DraftTree:
+    generator = torch.Generator().manual_seed(seed)
+    parents = torch.randint(width, (batch, length, width), generator=generator)
+    parents[:, 0] = 0
+    above = torch.zeros(batch, width)
+    scores = []
+    for depth in range(length):
+        above = above.gather(1, parents[:, depth]) - 2 * torch.rand(batch, width, generator=generator)
+        scores.append(above)
+    tokens = torch.arange(width).expand(batch, length, width)
+    return DraftTree.from_beams(
+        torch.zeros(batch, dtype=torch.long), Beams(tokens, parents, torch.stack(scores, dim=1))
+    )
+
+
+def random_curve(rng: random.Random, nodes: list[int]) -> LatencyCurve:
+    seconds = sorted(rng.uniform(1, 4) for _ in nodes)
+    return LatencyCurve(tuple(nodes), tuple(seconds), draft_seconds=rng.uniform(0, 1))
+
+
+def expected_tokens(tree: DraftTree, row: int, size: int) -> float:
+    """Return the most tokens that a connected tree of a size is expected to emit: 1 + sum of path probabilities."""
+    probabilities = tree.log_probs[row].exp().tolist()
+    return max(
+        1 + sum(probabilities[node] for node in others)
+        for others in itertools.combinations(range(1, tree.num_nodes), size - 1)
+        if all(int(tree.parents[row, node]) in (0, *others) for node in others)
+    )
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_best_nodes_maximises_expected_tokens_per_second(seed: int) -> None:
+    rng = random.Random(seed)
+    tree = random_tree(seed)
+    nodes = sorted(rng.sample(range(1, tree.num_nodes + 1), 4))
+    curve = random_curve(rng, nodes)
+    rates = {
+        size: sum(expected_tokens(tree, row, size) for row in range(2)) / (curve.draft_seconds + seconds)
+        for size, seconds in zip(nodes, curve.seconds, strict=True)
+    }
+    got = curve.best_nodes(tree)
+    assert got in nodes
+    assert rates[got] == pytest.approx(max(rates.values()))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "seconds", "draft_seconds", "best"),
+    [
+        ((1, 4, 7), (1.0, 1.0, 1.0), 0.0, 7),  # nodes are free: all of them
+        ((1, 4, 7), (1.0, 9.0, 99.0), 0.0, 1),  # nodes cost more than they bring
+        ((1, 4, 7), (1.0, 9.0, 99.0), 1e6, 7),  # a costly draft dwarfs them
+        ((1, 4, 64), (1.0, 9.0, 9.0), 1e6, 7),  # more nodes than there are
+        ((64, 128), (1.0, 1.0), 0.0, 7),
+        ((2,), (1.0,), 0.0, 2),
+    ],
+)
+def test_extreme_costs_choose_extreme_sizes(
+    nodes: tuple[int, ...], seconds: tuple[float, ...], draft_seconds: float, best: int
+) -> None:
+    assert LatencyCurve(nodes, seconds, draft_seconds).best_nodes(random_tree(0)) == best
+
+
+def test_among_equal_rates_the_smaller_tree_wins() -> None:
+    tree = DraftTree.root_only(torch.tensor([3]))
+    assert LatencyCurve((1, 2, 4), (1.0, 1.0, 1.0)).best_nodes(tree) == 1
+
+
+def test_beams_of_probability_zero_add_nothing() -> None:
+    tokens = torch.tensor([[[1, 2]]])
+    beams = Beams(tokens, torch.zeros_like(tokens), torch.tensor([[[-torch.inf, -torch.inf]]]))
+    tree = DraftTree.from_beams(torch.tensor([0]), beams)
+    assert LatencyCurve((1, 3), (1.0, 1.0 + 1e-9)).best_nodes(tree) == 1
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+@pytest.mark.parametrize(
+    ("beam", "sizes"),
+    [
+        (BeamConfig(width=1, length=1), (1, 2)),
+        (BeamConfig(width=3, length=3), (1, 2, 4, 6, 8, 10)),
+        (BeamConfig(width=4, length=3), (1, 2, 4, 6, 8, 12, 13)),
+        (BeamConfig(width=20, length=4), (*NODE_COUNTS, 81)),
+    ],
+)
+def test_measured_curve_rises_over_the_promised_sizes(family: str, beam: BeamConfig, sizes: tuple[int, ...]) -> None:
+    verifier = make_verifier(family, dtype=torch.float32)
+    curve = LatencyCurve.measure(verifier, make_drafter(verifier), beam, repeats=2, prefix_length=200)
+    assert curve.nodes == sizes
+    assert len(curve.seconds) == len(sizes)
+    assert curve.seconds[0] > 0
+    assert list(curve.seconds) == sorted(curve.seconds)
+    assert curve.draft_seconds > 0
+
+
+def test_model_without_a_stated_window_is_measured_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Verifier, "context_window", None)
+    verifier = make_verifier("llama")
+    curve = LatencyCurve.measure(verifier, make_drafter(verifier), BeamConfig(width=2, length=2), prefix_length=4)
+    assert curve.nodes == (1, 2, 4, 5)
