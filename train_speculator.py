@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,15 +33,17 @@ if TYPE_CHECKING:
 QUICK = {
     "llm_name_or_path": DEFAULT_BASE,
     "dataset_name": "self",
-    "max_steps": 200,
+    "max_train_samples": 480,
+    "max_steps": 400,
     "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 16,
     "max_eval_samples": 16,
-    "learning_rate": 1e-3,
+    "learning_rate": 2e-3,
+    "adam_beta2": 0.95,
     "weight_decay": 0.0,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 10,
-    "logging_steps": 20,
+    "logging_steps": 40,
     "save_strategy": "no",
 }
 QUICK_PROMPTS, QUICK_TOKENS = 16, 64
@@ -86,6 +89,8 @@ def build_parser() -> cli.ArgumentParser:
     source.add_argument("--max_train_samples", type=int)
     source.add_argument("--max_eval_samples", type=int, default=64)
     source.add_argument("--train_on_assistant_only", action=argparse.BooleanOptionalAction, default=True)
+    source.add_argument("--hidden_state_cache", metavar="DIR", help="store the base's states once, reuse them")
+    source.add_argument("--rebuild_cache", action="store_true", help="compute damaged shards of that cache anew")
     source.add_argument("--skip_bad_rows", action="store_true", help="leave malformed rows out and count them")
     return parser
 
@@ -202,6 +207,20 @@ def load_data(
     return training, evaluation
 
 
+def with_hidden_states(args: argparse.Namespace, verifier: Verifier, rows: TokenDataset, scratch: str) -> TokenDataset:
+    """Store the base's states of the training rows; --quick does it in a scratch directory, others on request."""
+    from recurrent_drafting.hidden_cache import CachedDataset, HiddenStateCache
+
+    directory = args.hidden_state_cache or (scratch if args.quick else None)
+    if directory is None:
+        return rows
+    cache = HiddenStateCache(Path(directory), verifier, rows)
+    cost = cache.cost()
+    print(f"hidden states: {cost.tokens} tokens, {cost.bytes / 1e6:.0f} MB, about {cost.seconds:.0f} s, in {directory}")
+    cache.write(rebuild=args.rebuild_cache)
+    return CachedDataset(rows, cache)
+
+
 def make_drafter(args: argparse.Namespace, verifier: Verifier, rows: TokenDataset) -> Drafter:
     """Load the drafter that was named, or make a new one that starts from the verifier."""
     import torch
@@ -307,14 +326,18 @@ def execute(args: argparse.Namespace, training: TrainingArguments) -> int:
         args.llm_name_or_path, dtype, device, revision=args.revision, trust_remote_code=args.trust_remote_code
     )
     tokenizer = load_tokenizer(args.llm_name_or_path, args.revision)
-    rows = load_data(args, verifier, tokenizer)
-    drafter = make_drafter(args, verifier, rows[0])
+    training_rows, evaluation_rows = load_data(args, verifier, tokenizer)
+    drafter = make_drafter(args, verifier, training_rows)
     print(f"drafter: {drafter.num_parameters() / 1e6:.2f} M parameters")
-    trainer = make_trainer(training, verifier, drafter, rows)
     if args.phase == "eval":
+        trainer = make_trainer(training, verifier, drafter, (training_rows, evaluation_rows))
         print(json.dumps(trainer.evaluate(), indent=2))
         return 0
-    trainer.train(resume_from_checkpoint=find_checkpoint(args, drafter))
+    checkpoint = find_checkpoint(args, drafter)
+    with tempfile.TemporaryDirectory(prefix="hidden-states-", ignore_cleanup_errors=True) as scratch:
+        training_rows = with_hidden_states(args, verifier, training_rows, scratch)
+        trainer = make_trainer(training, verifier, drafter, (training_rows, evaluation_rows))
+        trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate()
     trainer.save_model(args.output_dir)
     print(f"simulated tau on held-out rows: {metrics['eval_simulated_tau']:.3f}")

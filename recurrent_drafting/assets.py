@@ -240,9 +240,8 @@ def _convert(source: Path, target: Path) -> dict[str, str]:
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(
-        source.parent, output_loading_info=True, **options
-    )
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(source.parent, output_loading_info=True, **options)
+    model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
             f"{source} does not convert: no tensor for {', '.join(missing)}; report this with the versions"

@@ -64,12 +64,14 @@ class EncodedRow:
         loss_mask: true at the tokens of replies (end-of-turn included), T entries.
         cut: the conversation was longer than the row.
         greedy: the verifier wrote the reply at temperature 0; None where it is not its own text.
+        hidden: the verifier's hidden states where they are stored, ``[T, H]``.
     """
 
     input_ids: list[int]
     loss_mask: list[bool]
     cut: bool = False
     greedy: bool | None = None
+    hidden: Tensor | None = None
 
 
 @dataclass
@@ -124,7 +126,10 @@ class Collator:
     """Pad rows on the right; padding is known by the mask, never by its id."""
 
     def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
-        """Return ``input_ids`` int64, ``attention_mask`` and ``loss_mask`` bool, each ``[B, T]``."""
+        """Return ``input_ids`` int64, ``attention_mask`` and ``loss_mask`` bool, each ``[B, T]``.
+
+        Where the rows bring hidden states, ``hidden`` ``[B, T, H]`` as well.
+        """
         shape = (len(rows), max(len(row.input_ids) for row in rows))
         batch = {
             "input_ids": torch.zeros(shape, dtype=torch.long),
@@ -136,6 +141,9 @@ class Collator:
             batch["input_ids"][index, :length] = torch.tensor(row.input_ids)
             batch["attention_mask"][index, :length] = True
             batch["loss_mask"][index, :length] = torch.tensor(row.loss_mask)
+        states = [row.hidden for row in rows if row.hidden is not None]
+        if states:
+            batch["hidden"] = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
         return batch
 
 

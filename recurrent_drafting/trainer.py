@@ -47,7 +47,7 @@ class TrainingArguments(transformers.TrainingArguments):
     """
 
     learning_rate: float = field(default=5e-4)
-    # The verifier's forward is half of a step, and padding is computed like text.
+    # Padding is computed like text.
     train_sampling_strategy: str = field(default="group_by_length")
     remove_unused_columns: bool = field(default=False)
     logging_nan_inf_filter: bool = field(default=False)
@@ -217,7 +217,7 @@ class DrafterTrainer(transformers.Trainer):
         with torch.no_grad():
             for rows in self.get_eval_dataloader(eval_dataset):
                 inputs = self._prepare_inputs(rows)
-                hidden = self.verifier.hidden_states(inputs["input_ids"], inputs["attention_mask"])
+                hidden = self._hidden_states(inputs)
                 with self.compute_loss_context_manager():
                     batch = self._supervise(inputs)
                     result = self._head_loss(self.drafter, inputs, batch, hidden)
@@ -275,7 +275,7 @@ class DrafterTrainer(transformers.Trainer):
         self, model: nn.Module, inputs: dict[str, Tensor], batch: Supervision, hidden: Tensor | None = None
     ) -> losses.HeadLoss:
         if hidden is None:
-            hidden = self.verifier.hidden_states(inputs["input_ids"], inputs["attention_mask"])
+            hidden = self._hidden_states(inputs)
         with torch.no_grad():
             context = hidden[batch.rows, batch.positions]
             embeddings = self.verifier.embed(batch.known)
@@ -284,6 +284,12 @@ class DrafterTrainer(transformers.Trainer):
         row_weights = (batch.valid * depth_weights)[batch.valid]
         targets = self._targets(batch, hidden)
         return losses.head_loss(features[batch.valid], self.drafter.head.weight, targets, row_weights)
+
+    def _hidden_states(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Take stored states where the rows bring them, else run the verifier, ``[B, T, H]``."""
+        if "hidden" in inputs:
+            return inputs["hidden"].to(self.verifier.dtype)
+        return self.verifier.hidden_states(inputs["input_ids"], inputs["attention_mask"])
 
     def _targets(self, batch: Supervision, hidden: Tensor) -> losses.HeadTargets:
         """Collect hard targets, and the verifier's distribution once per position of the text."""

@@ -37,6 +37,7 @@ ORDER = (
     "cli",
     "data",
     "distillation",
+    "hidden_cache",
     "trainer",
     "__init__",
     "evaluation",

@@ -159,6 +159,18 @@ def test_pruned_tree_is_the_best_connected_tree_of_its_size(kept: Beams) -> None
         assert tree.valid[row].tolist() == (tree.log_probs[row] > -INF).tolist()
 
 
+def test_among_equals_the_shallower_and_earlier_nodes_stay() -> None:
+    """Large enough for sorts that keep the order of equals only when they are told to."""
+    size = (2, 6, 9)
+    parents = torch.randint(9, size, generator=torch.Generator().manual_seed(0))
+    kept = Beams(torch.arange(9).expand(size), parents, torch.zeros(size))
+    full = DraftTree.from_beams(roots(kept), kept)
+    for max_nodes in range(1, full.num_nodes + 1):
+        tree = full.prune(max_nodes)
+        for name in ("tokens", "parents", "depths"):
+            assert torch.equal(getattr(tree, name), getattr(full, name)[:, :max_nodes])
+
+
 @many
 @given(beams(), st.integers(1, 12))
 def test_from_beams_with_a_budget_is_the_pruned_full_tree(kept: Beams, max_nodes: int) -> None:

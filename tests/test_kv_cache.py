@@ -107,6 +107,19 @@ def test_entries_that_were_not_kept_are_overwritten_in_every_row() -> None:
     assert model.cache.lengths == [3, 3]
 
 
+def test_forward_that_was_not_kept_leaves_no_trace() -> None:
+    """A tree of another size may be tried before anything is committed."""
+    model = Model(SHAPES[0], batch=2, capacity=12)
+    model.append(3)
+    model.keep([[0], [0, 1, 2]])
+    for count in (4, 2, 5):
+        model.append(count)
+    model.select([1, 0])
+    model.append(5)
+    model.keep([[0, 4], [0]])
+    model.append(1)
+
+
 def test_writing_past_the_capacity_raises_and_names_both_sizes() -> None:
     model = Model(SHAPES[0], batch=2, capacity=6)
     model.append(4)

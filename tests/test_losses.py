@@ -163,6 +163,7 @@ def test_bfloat16_keeps_losses_in_float32_and_near_the_exact_ones(dtype: torch.d
     expected, per_row = plain(features, weight, make_targets(0.5), row_weights)
     got, gradients = run(dtype, autocast)
     assert got.total.dtype == got.per_row.dtype == torch.float32
+    torch.testing.assert_close(got.total.detach(), (got.per_row * row_weights.float()).sum(), rtol=1e-5, atol=0)
     assert got.total.item() == pytest.approx(expected.item(), rel=0.02)
     torch.testing.assert_close(got.per_row.double(), per_row.detach(), rtol=0.05, atol=0.1)
     for ours, exact in zip(gradients, backward(expected, features, weight), strict=True):

@@ -114,3 +114,5 @@ def test_means_are_exact_for_any_grouping_and_start_anew() -> None:
         means.add("empty", 0.0, 0)
         assert means.pop_means() == {"loss": sum(values) / 4}
         assert means.pop_means() == {}
+        means.add("loss", 3.0, 2)
+        assert means.pop_means() == {"loss": 1.5}

@@ -173,6 +173,11 @@ def test_top_p_takes_equally_likely_tokens_by_rising_id(top_p: float) -> None:
     assert set(got.nonzero().flatten().tolist()) == (kept or {0})
 
 
+def test_top_p_of_many_equally_likely_tokens_is_a_prefix_of_the_ids() -> None:
+    kept = sampling.keep_top_p(torch.zeros(1, 200), 0.5025)[0] > -torch.inf  # 101 tokens of mass 0.005
+    assert kept.nonzero().flatten().tolist() == list(range(101))
+
+
 @pytest.mark.parametrize("word", [(5,), (7, 7, 5), (1, 7), (5, 6, 7, 7, 5)])
 def test_bad_word_is_never_completed_across_the_prompt_and_the_reply(word: tuple[int, ...]) -> None:
     """Try every split of the word into text and last token; a shorter text never matches."""
@@ -392,7 +397,7 @@ def test_memory_of_the_noise_stays_bounded() -> None:
         for row in range(3):
             sampler.pick(random_logits(step)[[row]], [row])
             sampler.commit(row, 1)
-        assert len(sampler.noise._rows) <= 3 * 4
+        assert len(sampler.noise._rows) == 3 * 3  # what the next step will use again, and no more
 
 
 def test_forgetting_a_request_leaves_the_others() -> None:
@@ -420,7 +425,11 @@ def test_upcoming_noise_is_what_the_next_picks_add() -> None:
 
 
 @pytest.mark.parametrize("rows", [[2, 0], [1], [0, 1, 2], [2, 1, 0]])
-@pytest.mark.parametrize("config", [SamplingConfig(), config_of(*ORDER)], ids=["greedy", "everything"])
+@pytest.mark.parametrize(
+    "config",
+    [SamplingConfig(), config_of("bad_words_ids"), config_of(*ORDER)],
+    ids=["greedy", "bad words", "everything"],
+)
 def test_selected_rows_go_on_as_before(config: SamplingConfig, rows: list[int]) -> None:
     logits = random_logits(3, rows=len(rows))
     whole, part = make_sampler(config), make_sampler(config)

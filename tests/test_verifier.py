@@ -78,6 +78,7 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str, str]] = {
         "local attention",
     ),
     "bidirectional": (lambda: causal("bert", is_decoder=False), "bert", "off a plain forward"),
+    "an error of its own": (lambda: causal("xlm", emb_dim=32, n_layers=2, n_heads=4), "xlm", "AssertionError"),
     "offloaded": (offloaded, "llama", "without offloading"),
 }
 
@@ -317,6 +318,19 @@ def test_a_hub_id_without_a_network_names_what_is_packaged(monkeypatch: pytest.M
     with pytest.raises(NetworkError, match=r"'no-one/nothing' is no local path.*packaged model") as error:
         Verifier.from_pretrained("no-one/nothing", dtype="fp32", device="cpu")
     assert error.value.exit_code == 7
+
+
+def test_a_hub_model_that_is_here_but_unknown_is_no_network_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    stored = tmp_path / "models--some--one"
+    for path, text in (("refs/main", "0" * 40), (f"snapshots/{'0' * 40}/config.json", '{"model_type": "unheard_of"}')):
+        (stored / path).parent.mkdir(parents=True)
+        (stored / path).write_text(text)
+    with pytest.raises(ModelError, match=r"base model some/one does not load.*unheard_of"):
+        Verifier.from_pretrained("some/one", dtype="fp32", device="cpu")
 
 
 @pytest.mark.parametrize(
