@@ -28,13 +28,14 @@ class Coupling:
     temperature: float
 
 
-def draft(
+def draft(  # noqa: PLR0913, PLR0917 - six that say what to draft, one that says how far
     drafter: Drafter,
     context: Tensor,
     root: Tensor,
     embed: Callable[[Tensor], Tensor],
     beam: BeamConfig,
     coupling: Coupling | None = None,
+    worth_going_on: Callable[[Tensor], bool] | None = None,
 ) -> Beams:
     """Keep the W most likely continuations at each of L depths.
 
@@ -48,9 +49,11 @@ def draft(
         embed: the verifier's token embedding, int64 ``[...]`` -> ``[..., H]``.
         beam: width and length; a width above the draft vocabulary is cut to it.
         coupling: noise of the coming draws, or None.
+        worth_going_on: gets the path log-probabilities so far, float32 ``[B, depths, W]``, and tells whether
+            another depth pays; None drafts all L.
 
     Returns:
-        Every beam kept at every depth, in the verifier's token ids.
+        Every beam kept at every drafted depth, in the verifier's token ids.
     """
     batch = context.shape[0]
     width = min(beam.width, drafter.draft_token_ids.shape[0])
@@ -69,6 +72,8 @@ def draft(
         tokens = drafter.draft_token_ids[draft_ids.flatten(1).gather(1, best)]
         kept.append((tokens, parents, scores))
         if depth + 1 < beam.length:
+            if worth_going_on is not None and not worth_going_on(torch.stack([part[2] for part in kept], dim=1)):
+                break
             index = parents.unsqueeze(2).expand(-1, -1, state.shape[2])
             state = drafter.advance(state.gather(1, index), embed(tokens))
     stacked = [torch.stack(parts, dim=1) for parts in zip(*kept, strict=True)]

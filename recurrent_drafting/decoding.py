@@ -331,7 +331,13 @@ class SpeculativeDecoder(_Decoder):
         if self._max_tree_nodes == 1:
             return DraftTree.root_only(batch.root)
         beams = beam_search.draft(
-            self.drafter, batch.context, batch.root, self.verifier.embed, self.beam, self._coupling(batch)
+            self.drafter,
+            batch.context,
+            batch.root,
+            self.verifier.embed,
+            self.beam,
+            self._coupling(batch),
+            None if self.latency is None else self.latency.worth_going_on,
         )
         tree = DraftTree.from_beams(batch.root, beams, self._max_tree_nodes)
         return tree if self.latency is None else tree.prune(self.latency.best_nodes(tree))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from recurrent_drafting import beam_search
 from recurrent_drafting.config import BeamConfig
@@ -25,12 +26,14 @@ class LatencyCurve:
     Args:
         nodes: tree sizes N, rising.
         seconds: median seconds of a forward over N nodes.
-        draft_seconds: seconds that a step spends outside the forward.
+        draft_seconds: seconds that drafting all depths takes.
+        depth_seconds: seconds of one of these depths.
     """
 
     nodes: tuple[int, ...]
     seconds: tuple[float, ...]
     draft_seconds: float = 0.0
+    depth_seconds: float = 0.0
 
     @classmethod
     def measure(
@@ -66,7 +69,7 @@ class LatencyCurve:
         # The first round warms up. A curve never falls: noise must not make a larger tree "cheaper".
         medians = {n: sorted(values[1:])[repeats // 2] for n, values in samples.items()}
         rising = [max(medians[n] for n in sizes[: index + 1]) for index in range(len(sizes))]
-        return cls(nodes=tuple(sizes), seconds=tuple(rising), draft_seconds=medians[0])
+        return cls(tuple(sizes), tuple(rising), draft_seconds=medians[0], depth_seconds=medians[0] / beam.length)
 
     def best_nodes(self, tree: DraftTree) -> int:
         """Return the tree size that maximises expected tokens per second over the batch.
@@ -81,13 +84,32 @@ class LatencyCurve:
         expected = order.sum(dim=0).cumsum(dim=0).tolist()
         return self._argmax(expected)
 
+    def worth_going_on(self, log_probs: Tensor) -> bool:
+        """Tell whether drafting one more depth is expected to raise tokens per second.
+
+        The next depth is expected to survive as the last one did: with S_d the summed path
+        probabilities of depth d (S_0 = 1 per row) it adds about S_d * S_d / S_{d-1} tokens.
+
+        Args:
+            log_probs: path log-probabilities of the depths so far, float32 ``[B, depths, W]``.
+        """
+        rows, depths = log_probs.shape[:2]
+        sums = [float(rows), *log_probs.exp().sum(dim=(0, 2)).tolist()]
+        gain = sums[-1] * min(sums[-1] / max(sums[-2], 1e-9), 1.0)
+        paths = log_probs.exp().flatten(1).sort(dim=1, descending=True).values.sum(dim=0).cumsum(dim=0)
+        rate, _ = self._best_rate([float(rows), *(rows + paths).tolist()], depths * self.depth_seconds)
+        return gain > rate * self.depth_seconds
+
     def _argmax(self, expected: Sequence[float]) -> int:
+        return min(self._best_rate(expected, self.draft_seconds)[1], len(expected))
+
+    def _best_rate(self, expected: Sequence[float], draft_seconds: float) -> tuple[float, int]:
+        """Return the highest tokens per second and its tree size, given expected tokens by number of nodes."""
         rates = [
-            (expected[min(count, len(expected)) - 1] / (self.draft_seconds + seconds), count)
+            (expected[min(count, len(expected)) - 1] / (draft_seconds + seconds), count)
             for count, seconds in zip(self.nodes, self.seconds, strict=True)
         ]
-        best = max(rates, key=lambda rate: (rate[0], -rate[1]))
-        return min(best[1], len(expected))
+        return max(rates, key=lambda rate: (rate[0], -rate[1]))
 
 
 def _chain(nodes: int, device: torch.device) -> DraftTree:

@@ -130,7 +130,12 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt-oss": Family(
         "gpt_oss",
-        {"head_dim": 12, "num_local_experts": 4, "num_experts_per_tok": 2},
+        {
+            "head_dim": 12,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
         {"sliding_window": 8, "layer_types": _ALTERNATING},
     ),
     "starcoder2": Family("starcoder2", {"sliding_window": None}, {"sliding_window": 8}),

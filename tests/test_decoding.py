@@ -22,7 +22,10 @@ from recurrent_drafting import (
     SpeculativeDecoder,
     Verifier,
 )
+from recurrent_drafting.decoding import _Batch
+from recurrent_drafting.draft_tree import DraftTree
 from recurrent_drafting.errors import DataError, ModelError, UsageError
+from recurrent_drafting.sampling import GumbelNoise
 from recurrent_drafting.tree_budget import LatencyCurve
 from tests.test_identity import left_padded
 from tests.tiny import CONFIGS, VOCAB, NoisyOracleDecoder, make_drafter, make_verifier
@@ -402,6 +405,43 @@ def test_tokens_that_a_stop_drops_are_not_streamed_with_their_step(llama: Verifi
         streamer=recorder,
     )
     assert recorder.parts == [PROMPTS[0], text[:1], text[1:6], text[6:8]]
+
+
+# --- what the drafter is told: a mistake here would cost speed and show in no text ---
+
+
+class Watcher(NoisyOracleDecoder):
+    """Write down what each step could draft from: row, tokens so far, context, root and coupled noise."""
+
+    def __init__(self, verifier: Verifier, truth: list[list[int]]) -> None:
+        drafter = make_drafter(verifier, draft_vocab_size=20)
+        super().__init__(verifier, drafter, BEAM, 0.7, seed=1)
+        self.truth = truth
+        self.seen: list[tuple[int, int, Tensor, int, Tensor]] = []
+
+    def _propose(self, batch: _Batch) -> DraftTree:
+        coupling = self._coupling(batch)
+        assert coupling is not None
+        for index, reply in enumerate(batch.replies):
+            state = (batch.context[index], int(batch.root[index]), coupling.noise[index])
+            self.seen.append((reply.row, len(reply.tokens), *state))
+        return super()._propose(batch)
+
+
+def test_drafter_gets_the_last_committed_state_the_root_and_the_noise_to_come(verifier: Verifier) -> None:
+    texts = free_text(verifier, PROMPTS[:3], 24, request_ids=[8, 5, 6])
+    decoder = Watcher(verifier, texts)
+    decoder.generate(PROMPTS[:3], max_new_tokens=24, sampling=SAMPLED, eos_token_ids=(), request_ids=[8, 5, 6])
+    assert decoder.partly_accepted > 3
+    noise = GumbelNoise(SAMPLED.seed, VOCAB, torch.device("cpu"))
+    for row, count, context, root, coupled in decoder.seen:
+        committed = torch.tensor([PROMPTS[row] + texts[row][: count - 1]])
+        hidden = verifier.hidden_states(committed, torch.ones_like(committed, dtype=torch.bool))
+        torch.testing.assert_close(context, hidden[0, -1], rtol=1e-9, atol=1e-9)
+        assert root == texts[row][count - 1]
+        ahead = [noise.row([8, 5, 6][row], committed.shape[1] + 1 + depth) for depth in range(BEAM.length)]
+        expected = torch.stack(ahead)[:, decoder.drafter.draft_token_ids].float()
+        assert torch.equal(coupled, expected)
 
 
 # --- arguments and fit ---

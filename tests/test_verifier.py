@@ -131,6 +131,19 @@ def test_the_probe_reaches_beyond_the_window_and_leaves_no_trace(fits: bool) -> 
     assert len(model.get_output_embeddings()._forward_pre_hooks) == hooks
 
 
+@pytest.mark.parametrize(
+    ("name", "setting", "value"),
+    [("llama", "sliding_window", 8), ("mistral", "layer_types", ["sliding_attention", "full_attention"])],
+)
+def test_a_setting_that_the_body_does_not_read_can_be_taken_out(name: str, setting: str, value: object) -> None:
+    model = FAMILIES[name].model(windowed=True)
+    setattr(model.config, setting, value)
+    with pytest.raises(ModelError, match="cannot verify a draft tree"):
+        Verifier(model)
+    setattr(model.config, setting, None)
+    Verifier(model)
+
+
 def test_layer_types_decide_about_the_window_not_a_flag_beside_them() -> None:
     settings = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
     verifier = Verifier(FAMILIES["smollm3"].model(**settings, use_sliding_window=False))
