@@ -23,6 +23,18 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_number(value: object) -> bool:
+    """Tell whether a value is a finite int or float."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_token_sequences(value: object) -> bool:
+    """Tell whether a value is a sequence of non-empty sequences of token ids."""
+    if not isinstance(value, (list, tuple)) or not all(isinstance(word, (list, tuple)) and word for word in value):
+        return False
+    return all(_is_int(token) and token >= 0 for word in value for token in word)
+
+
 @dataclass(frozen=True)
 class BeamConfig:
     """Shape of the beam search and of the draft tree.
@@ -51,7 +63,7 @@ class BeamConfig:
         if self.max_nodes is not None:
             valid = _is_int(self.max_nodes) and self.max_nodes >= 1
             _require(valid, "max_nodes", "an integer >= 1 or None", self.max_nodes)
-        valid = math.isfinite(self.coupling) and self.coupling >= 0
+        valid = _is_number(self.coupling) and self.coupling >= 0
         _require(valid, "coupling", "a finite number >= 0", self.coupling)
 
 
@@ -88,31 +100,34 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        finite = math.isfinite
         _require(
-            finite(self.temperature) and self.temperature >= 0,
+            _is_number(self.temperature) and self.temperature >= 0,
             "temperature",
             "a finite number >= 0",
             self.temperature,
         )
         _require(_is_int(self.top_k) and self.top_k >= 0, "top_k", "an integer >= 0", self.top_k)
-        _require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
-        _require(0 <= self.min_p <= 1, "min_p", "in [0, 1]", self.min_p)
+        _require(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
+        _require(_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", "in [0, 1]", self.min_p)
         _require(
-            finite(self.repetition_penalty) and self.repetition_penalty > 0,
+            _is_number(self.repetition_penalty) and self.repetition_penalty > 0,
             "repetition_penalty",
             "a finite number > 0",
             self.repetition_penalty,
         )
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
-            _require(finite(value), name, "a finite number", value)
+            _require(_is_number(value), name, "a finite number", value)
         valid = _is_int(self.min_new_tokens) and self.min_new_tokens >= 0
         _require(valid, "min_new_tokens", "an integer >= 0", self.min_new_tokens)
         _require(_is_int(self.seed), "seed", "an integer", self.seed)
-        words = tuple(tuple(word) for word in self.bad_words_ids)
-        _require(all(words), "bad_words_ids", "a tuple of non-empty token sequences", words)
-        object.__setattr__(self, "bad_words_ids", words)
+        _require(
+            _are_token_sequences(self.bad_words_ids),
+            "bad_words_ids",
+            "a tuple of non-empty token sequences",
+            self.bad_words_ids,
+        )
+        object.__setattr__(self, "bad_words_ids", tuple(tuple(word) for word in self.bad_words_ids))
 
     @property
     def greedy(self) -> bool:
@@ -167,6 +182,8 @@ class RecurrentDraftingConfig(PretrainedConfig):
             _require(_is_int(value) and value >= 1, name, "an integer >= 1", value)
         valid = _is_int(self.num_draft_layers) and self.num_draft_layers >= 0
         _require(valid, "num_draft_layers", "an integer >= 0", self.num_draft_layers)
+        for name in ("rnn", "emb_norm"):
+            _require(isinstance(getattr(self, name), bool), name, "true or false", getattr(self, name))
         if self.draft_vocab_size is not None:
             valid = _is_int(self.draft_vocab_size) and 1 <= self.draft_vocab_size <= self.vocab_size
             expected = f"in 1..vocab_size ({self.vocab_size}) or None"

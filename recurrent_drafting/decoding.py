@@ -212,7 +212,6 @@ class _Decoder(ABC):
             requests = list(range(len(prompts))) if request_ids is None else list(request_ids)
             sampler = Sampler(sampling, prompts, requests, eos, self.verifier.vocab_size, self.verifier.device)
             batch = self._prefill(prompts, replies, sampler, stats)
-            stats.prefill_tokens = sum(len(reply.tokens) for reply in replies)
             _stream(streamer, replies[0].tokens)
             batch.drop_finished()
             while batch.replies:
@@ -421,6 +420,8 @@ def _collect(replies: list[_Reply], stats: DecodingStats, seconds: float) -> Gen
         for step in reply.steps:
             stats.count_step(step.drafted)
     stats.tokens = sum(len(reply.tokens) for reply in replies)
+    # A stop sequence may have taken even the prefill's token back.
+    stats.prefill_tokens = sum(min(len(reply.tokens), 1) for reply in replies)
     stats.close(seconds)
     return GenerationOutput(
         sequences=[reply.tokens for reply in replies],

@@ -48,22 +48,23 @@ class GumbelNoise:
     """
 
     def __init__(self, seed: int, vocab_size: int, device: torch.device) -> None:
-        self._seed = _mix((seed + _GOLDEN) & _MASK64)
+        self._seed = seed
         golden = torch.tensor(_signed(_GOLDEN), device=device)
         self._counters = torch.arange(1, vocab_size + 1, device=device) * golden
         self._rows: dict[tuple[int, int], Tensor] = {}
 
     def row(self, request: int, position: int) -> Tensor:
         """Return the noise of one position, float64 ``[V]``."""
-        key = self._seed
-        for part in (request, position):
-            key = _mix((key ^ _mix((part + _GOLDEN) & _MASK64)) + _GOLDEN & _MASK64)
+        key = 0
+        for part in (self._seed, request, position):
+            # Mixed before each part enters: (seed 1, request 2) must not be (seed 2, request 1).
+            key = _mix((_mix((key + _GOLDEN) & _MASK64) + part) & _MASK64)
         bits = self._counters + _signed(key)
         bits = (bits ^ _shift_right(bits, 30)) * _signed(_MIX_1)
         bits = (bits ^ _shift_right(bits, 27)) * _signed(_MIX_2)
         bits = bits ^ _shift_right(bits, 31)
-        # 53 random bits, centred in their cell: uniform in (0, 1), never 0 or 1.
-        uniform = (_shift_right(bits, 11).double() + 0.5) * 2.0**-53
+        # 53 random bits, centred in their cell; the centre of the last cell would round to 1.
+        uniform = ((_shift_right(bits, 11).double() + 0.5) * 2.0**-53).clamp_(max=1 - 2.0**-53)
         return uniform.log_().neg_().log_().neg_()
 
     def rows(self, requests: Sequence[int], positions: Sequence[int]) -> Tensor:

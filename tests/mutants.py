@@ -314,7 +314,6 @@ MUTANTS = [
         "sampling",
         "torch.where(scores > 0, scores / penalty, scores * penalty)",
         "scores / penalty",
-        check="distribution",
     ),
     Mutant(
         "the repetition penalty is a token late",
@@ -641,7 +640,10 @@ def make_scenario(verifier: Verifier, index: int, rng: random.Random) -> Scenari
         return replace(case, sampling=replace(case.sampling, **sampling))
 
     if rng.random() < 0.4:
-        case = change(repetition_penalty=rng.choice([0.6, 1.6, 3.0]), presence_penalty=rng.choice([0.0, 1.0]))
+        # Hot enough that tokens of negative logits are drawn as well.
+        temperature = rng.choice([case.sampling.temperature, 5.0])
+        penalties = {"repetition_penalty": rng.choice([0.6, 1.6, 3.0]), "presence_penalty": rng.choice([0.0, 1.0])}
+        case = change(temperature=temperature, **penalties)
     text = write().sequences[row]
     if len(text) > 4 and rng.random() < 0.4:
         case = change(bad_words_ids=((case.prompts[row][-1], text[0]), (text[2], text[3]), (text[-1],)))

@@ -329,7 +329,7 @@ def test_sigterm_leaves_whole_chunks_and_code_143(
     monkeypatch.setattr(TransformersEngine, "generate", terminated)
     options = ["--llm_name_or_path", str(tiny_base), "--output_dir", str(tmp_path / "rows"), "--engine", "transformers"]
     with pytest.raises(SystemExit) as caught:
-        distillation.main([*options, "--num_rows", "130", "--max_new_tokens", "4"])
+        distillation.main([*options, "--num_rows", "514", "--max_new_tokens", "4"])
     assert caught.value.code == 143
     assert sorted(contents(tmp_path / "rows")) == ["chunk-00000.json", "settings.json"]
 

@@ -229,11 +229,11 @@ def unmix(value: int) -> int:
 
 
 def absorb(key: int, part: int) -> int:
-    return mix((key ^ part & MASK) + GOLDEN & MASK)
+    return mix(mix(key + GOLDEN & MASK) + part & MASK)
 
 
 def request_key(seed: int, request: int) -> int:
-    return absorb(mix(seed + GOLDEN & MASK), request)
+    return absorb(absorb(0, seed), request)
 
 
 def bits_of(seed: int, request: int, position: int, token: int) -> int:
@@ -243,7 +243,7 @@ def bits_of(seed: int, request: int, position: int, token: int) -> int:
 def position_with(bits: int, seed: int, request: int, token: int) -> int:
     """Return the position whose 64 random bits of a token are the given ones."""
     key = unmix(bits) - (token + 1) * GOLDEN & MASK
-    return (unmix(key) - GOLDEN & MASK) ^ request_key(seed, request)
+    return unmix(key) - mix(request_key(seed, request) + GOLDEN & MASK) & MASK
 
 
 def gumbel(bits: int) -> float:
