@@ -396,15 +396,15 @@ MUTANTS = [
     Mutant(
         "noise does not know the position",
         "sampling",
-        "for part in (request, position):",
-        "for part in (request,):",
+        "for part in (self._seed, request, position):",
+        "for part in (self._seed, request):",
         check="distribution",
     ),
     Mutant(
         "noise does not know the request",
         "sampling",
-        "for part in (request, position):",
-        "for part in (position,):",
+        "for part in (self._seed, request, position):",
+        "for part in (self._seed, position):",
         check="distribution",
     ),
     Mutant(

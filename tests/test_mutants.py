@@ -14,7 +14,6 @@ QUICK = [
     "slots of the last step are reused",
     "positions are one high",
     "siblings see each other",
-    "a cousin is accepted",
     "a drafted token is accepted by a coin of min(1, p/q)",
     "the bonus token is emitted twice",
     "a block goes on after EOS",
