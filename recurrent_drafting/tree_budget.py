@@ -98,7 +98,7 @@ class LatencyCurve:
         gain = sums[-1] * min(sums[-1] / max(sums[-2], 1e-9), 1.0)
         paths = log_probs.exp().flatten(1).sort(dim=1, descending=True).values.sum(dim=0).cumsum(dim=0)
         rate, _ = self._best_rate([float(rows), *(rows + paths).tolist()], depths * self.depth_seconds)
-        return gain > rate * self.depth_seconds
+        return bool(gain > rate * self.depth_seconds)
 
     def _argmax(self, expected: Sequence[float]) -> int:
         return min(self._best_rate(expected, self.draft_seconds)[1], len(expected))
