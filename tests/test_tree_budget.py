@@ -113,3 +113,17 @@ def test_model_without_a_stated_window_is_measured_too(monkeypatch: pytest.Monke
     verifier = make_verifier("llama")
     curve = LatencyCurve.measure(verifier, make_drafter(verifier), BeamConfig(width=2, length=2), prefix_length=4)
     assert curve.nodes == (1, 2, 4, 5)
+
+
+def test_drafting_goes_on_only_while_the_next_depth_is_expected_to_pay() -> None:
+    """One node costs 1 s, each further one nothing; a depth costs 0.1 s: it must add more than a tenth of the rate."""
+    curve = LatencyCurve(nodes=(1, 4), seconds=(1.0, 1.0), draft_seconds=0.4, depth_seconds=0.1)
+    sure = torch.tensor([[[0.9, 0.05, 0.05]]]).log()  # next depth: about 1 * 1 / 1 tokens more
+    doubtful = torch.tensor([[[0.1, 0.05, 0.05]]]).log()  # 0.2 * 0.2 / 1 = 0.04 tokens; rate 1.2 / 1.1 per second
+    assert curve.worth_going_on(sure)
+    assert not curve.worth_going_on(doubtful)
+    # Survival is extrapolated from the last two depths: 0.5 after 0.5 is no decline, 0.1 after 1.0 is.
+    steady = torch.tensor([[[0.5, 0.0, 0.0], [0.5, 0.0, 0.0]]]).log()
+    falling = torch.tensor([[[0.9, 0.1, 0.0], [0.1, 0.0, 0.0]]]).log()
+    assert curve.worth_going_on(steady)
+    assert not curve.worth_going_on(falling)
