@@ -113,6 +113,27 @@ def test_beams_fall_along_paths_with_parents_in_range_and_siblings_apart(seed: i
         assert len(edges) == 4
 
 
+@pytest.mark.parametrize("depths", [1, 2, 3, 4])
+def test_drafting_ends_where_it_is_no_longer_worth_going_on(depths: int) -> None:
+    world, beam = World(), BeamConfig(width=3, length=4)
+    full = world.draft(beam)
+    asked: list[Tensor] = []
+
+    def worth_going_on(log_probs: Tensor) -> bool:
+        asked.append(log_probs)
+        return len(asked) < depths
+
+    with torch.no_grad():
+        cut = beam_search.draft(
+            world.drafter, world.context, world.root, world.embed, beam, worth_going_on=worth_going_on
+        )
+    for name in ("tokens", "parents", "log_probs"):
+        assert torch.equal(getattr(cut, name), getattr(full, name)[:, :depths])
+    assert len(asked) == min(depths, 3)  # after the last depth there is nothing to ask
+    for index, log_probs in enumerate(asked):
+        assert torch.equal(log_probs, full.log_probs[:, : index + 1])
+
+
 def test_width_above_the_draft_vocabulary_is_cut_to_it() -> None:
     world = World(draft_vocab_size=5)
     wide, fitting = (world.draft(BeamConfig(width=width, length=3)) for width in (9, 5))

@@ -88,6 +88,23 @@ def test_beams_of_probability_zero_add_nothing_and_among_equals_the_smaller_tree
     assert LatencyCurve((1, 3), (1.0, 1.0)).best_nodes(tree) == 1
 
 
+@pytest.mark.parametrize("seed", range(25))
+def test_next_depth_is_drafted_when_its_expected_tokens_beat_the_best_rate_so_far(seed: int) -> None:
+    """A depth must bring more tokens than its seconds would at the best rate of the trees drafted already."""
+    rng = random.Random(seed)
+    tree = random_tree(seed)
+    nodes = sorted(rng.sample(range(1, tree.num_nodes + 1), 3))
+    seconds = tuple(sorted(rng.uniform(1, 4) for _ in nodes))
+    curve = LatencyCurve(tuple(nodes), seconds, depth_seconds=rng.uniform(0, 1))
+    rate = max(
+        sum(expected_tokens(tree, row, size) for row in range(2)) / (2 * curve.depth_seconds + cost)
+        for size, cost in zip(nodes, seconds, strict=True)
+    )
+    first, last = (float(tree.log_probs[tree.depths == depth].exp().sum()) for depth in (1, 2))
+    gain = last * min(last / first, 1)  # survives as the last depth did, and never better than surely
+    assert curve.worth_going_on(tree.log_probs[:, 1:].view(2, 2, 3)) is (gain > rate * curve.depth_seconds)
+
+
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 @pytest.mark.parametrize(
     ("beam", "sizes"),
