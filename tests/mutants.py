@@ -105,7 +105,8 @@ MUTANTS = [
         "select() leaves the lengths' order",
         "kv_cache",
         "self.lengths = [self.lengths[row] for row in rows]",
-        "self.lengths = self.lengths[: len(rows)]",
+        # The smaller of the right and the wrong one: a row that is too long would crash.
+        "self.lengths = [min(self.lengths[row], self.lengths[place]) for place, row in enumerate(rows)]",
     ),
     # The verifier: positions, mask, prefill.
     Mutant(
