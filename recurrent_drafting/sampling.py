@@ -51,7 +51,7 @@ class GumbelNoise:
         self._seed = seed
         golden = torch.tensor(_signed(_GOLDEN), device=device)
         self._counters = torch.arange(1, vocab_size + 1, device=device) * golden
-        self._rows: dict[tuple[int, int], Tensor] = {}
+        self._rows: dict[int, dict[int, Tensor]] = {}  # by request, then position
 
     def row(self, request: int, position: int) -> Tensor:
         """Return the noise of one position, float64 ``[V]``."""
@@ -72,17 +72,19 @@ class GumbelNoise:
 
         Rows are kept until ``forget``: coupled drafting and the pick ask for the same ones.
         """
-        keys = list(zip(requests, positions, strict=True))
-        for key in keys:
-            if key not in self._rows:
-                self._rows[key] = self.row(*key)
-        return torch.stack([self._rows[key] for key in keys])
+        found = []
+        for request, position in zip(requests, positions, strict=True):
+            kept = self._rows.setdefault(request, {})
+            if position not in kept:
+                kept[position] = self.row(request, position)
+            found.append(kept[position])
+        return torch.stack(found)
 
     def forget(self, request: int, before: int) -> None:
         """Drop a request's rows of positions below ``before``."""
-        stale = [key for key in self._rows if key[0] == request and key[1] < before]
-        for key in stale:
-            del self._rows[key]
+        kept = self._rows.get(request, {})
+        for position in [position for position in kept if position < before]:
+            del kept[position]
 
 
 def keep_top_k(logits: Tensor, top_k: int) -> Tensor:

@@ -26,13 +26,11 @@ class LatencyCurve:
     Args:
         nodes: tree sizes N, rising.
         seconds: median seconds of a forward over N nodes.
-        draft_seconds: seconds that drafting all depths takes.
-        depth_seconds: seconds of one of these depths.
+        depth_seconds: seconds of drafting one depth.
     """
 
     nodes: tuple[int, ...]
     seconds: tuple[float, ...]
-    draft_seconds: float = 0.0
     depth_seconds: float = 0.0
 
     @classmethod
@@ -69,7 +67,7 @@ class LatencyCurve:
         # The first round warms up. A curve never falls: noise must not make a larger tree "cheaper".
         medians = {n: sorted(values[1:])[repeats // 2] for n, values in samples.items()}
         rising = [max(medians[n] for n in sizes[: index + 1]) for index in range(len(sizes))]
-        return cls(tuple(sizes), tuple(rising), draft_seconds=medians[0], depth_seconds=medians[0] / beam.length)
+        return cls(tuple(sizes), tuple(rising), depth_seconds=medians[0] / beam.length)
 
     def best_nodes(self, tree: DraftTree) -> int:
         """Return the tree size that maximises expected tokens per second over the batch.
@@ -82,7 +80,7 @@ class LatencyCurve:
         """
         order = tree.log_probs.exp().sort(dim=1, descending=True).values
         expected = order.sum(dim=0).cumsum(dim=0).tolist()
-        return self._argmax(expected)
+        return min(self._best_rate(expected, tree.height)[1], len(expected))
 
     def worth_going_on(self, log_probs: Tensor) -> bool:
         """Tell whether drafting one more depth is expected to raise tokens per second.
@@ -97,14 +95,17 @@ class LatencyCurve:
         sums = [float(rows), *log_probs.exp().sum(dim=(0, 2)).tolist()]
         gain = sums[-1] * min(sums[-1] / max(sums[-2], 1e-9), 1.0)
         paths = log_probs.exp().flatten(1).sort(dim=1, descending=True).values.sum(dim=0).cumsum(dim=0)
-        rate, _ = self._best_rate([float(rows), *(rows + paths).tolist()], depths * self.depth_seconds)
+        rate, _ = self._best_rate([float(rows), *(rows + paths).tolist()], depths)
         return bool(gain > rate * self.depth_seconds)
 
-    def _argmax(self, expected: Sequence[float]) -> int:
-        return min(self._best_rate(expected, self.draft_seconds)[1], len(expected))
+    def _best_rate(self, expected: Sequence[float], depths: int) -> tuple[float, int]:
+        """Return the highest tokens per second and its tree size.
 
-    def _best_rate(self, expected: Sequence[float], draft_seconds: float) -> tuple[float, int]:
-        """Return the highest tokens per second and its tree size, given expected tokens by number of nodes."""
+        Args:
+            expected: tokens of a step by number of nodes, from one node on.
+            depths: depths that were drafted.
+        """
+        draft_seconds = depths * self.depth_seconds
         rates = [
             (expected[min(count, len(expected)) - 1] / (draft_seconds + seconds), count)
             for count, seconds in zip(self.nodes, self.seconds, strict=True)

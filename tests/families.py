@@ -176,6 +176,16 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def variants() -> list[tuple[str, str, bool]]:
+    """List (family, attention, windowed): what every test of a family runs over."""
+    return [
+        (name, attention, windowed)
+        for name, family in FAMILIES.items()
+        for attention in family.attentions
+        for windowed in ((False, True) if family.window else (False,))
+    ]
+
+
 @torch.no_grad()
 def plain_rows(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Run the model itself over rows of one length: logits ``[R, T, V]`` and what fed its LM head ``[R, T, H]``."""

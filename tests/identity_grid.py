@@ -14,10 +14,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from recurrent_drafting import AutoregressiveDecoder, SpeculativeDecoder, Verifier, cli, evaluation
+from recurrent_drafting import Verifier, cli, evaluation
 from recurrent_drafting.errors import NumericsError
-from tests.families import FAMILIES
-from tests.test_identity import Case, build_decoder, left_padded, random_case
+from tests.families import FAMILIES, variants
+from tests.test_identity import Case, random_case, run_case
 from tests.tiny import NoisyOracleDecoder
 
 # Probability with which the drafter proposes the true token; None is a random drafter with a real beam search.
@@ -29,34 +29,10 @@ DRAFTERS: dict[str, tuple[float, float] | None] = {
 }
 
 
-def variants() -> list[tuple[str, str, bool]]:
-    """List (family, attention, windowed)."""
-    return [
-        (name, attention, windowed)
-        for name, family in FAMILIES.items()
-        for attention in family.attentions
-        for windowed in ((False, True) if family.window else (False,))
-    ]
-
-
 def with_drafter(case: Case, drafter: str, rng: random.Random) -> Case:
     """Give a case its drafter."""
     span = DRAFTERS[drafter]
     return replace(case, oracle=False) if span is None else replace(case, oracle=True, probability=rng.uniform(*span))
-
-
-def run_case(
-    verifier: Verifier, baseline: AutoregressiveDecoder, case: Case, seed: int
-) -> tuple[bool, SpeculativeDecoder]:
-    """Tell whether texts and finish reasons are equal; return the decoder for its counts."""
-    options = {"max_new_tokens": case.max_new_tokens, "sampling": case.sampling, "request_ids": case.requests}
-    expected = baseline.generate(case.prompts, **options)
-    decoder = build_decoder(verifier, case, seed)
-    if isinstance(decoder, NoisyOracleDecoder):
-        decoder.truth = expected.sequences
-    got = decoder.generate(*(left_padded(case.prompts) if case.as_tensor else (case.prompts,)), **options)
-    same = got.sequences == expected.sequences and got.finish_reasons == expected.finish_reasons
-    return same, decoder
 
 
 def run(cases: int) -> dict[str, object]:
@@ -66,15 +42,14 @@ def run(cases: int) -> dict[str, object]:
     grid = variants()
     for name, attention, windowed in tqdm(grid, desc="identity grid", unit="variant"):
         verifier = Verifier(FAMILIES[name].model(attention, windowed=windowed))
-        baseline = AutoregressiveDecoder(verifier)
         rng = random.Random(f"{name} {attention} {windowed}")
         for index in range(cases):
             drafter = list(DRAFTERS)[index % len(DRAFTERS)]
             case = with_drafter(random_case(rng), drafter, rng)
-            same, decoder = run_case(verifier, baseline, case, index)
+            expected, got, decoder = run_case(verifier, case, index)
             counts["cases"] += 1
             counts["rows"] += len(case.prompts)
-            if not same:
+            if (got.sequences, got.finish_reasons) != (expected.sequences, expected.finish_reasons):
                 different.append(f"{name} {attention} {'window' if windowed else ''} case {index} ({drafter}): {case}")
             if isinstance(decoder, NoisyOracleDecoder) and drafter == "noisy oracle":
                 counts["oracle_steps"] += decoder.steps

@@ -9,17 +9,13 @@ import torch
 from transformers import PreTrainedModel
 
 from recurrent_drafting import AutoregressiveDecoder, Verifier
-from tests.families import FAMILIES, largest_gap, plain, random_tokens
-from tests.test_identity import build_decoder, left_padded, random_case
-from tests.tiny import NoisyOracleDecoder
+from tests.families import FAMILIES, largest_gap, plain, random_tokens, variants
+from tests.test_identity import random_case, run_case
 
 # Eager attention takes its softmax in float32 in most families.
 TOLERANCE = {"sdpa": 1e-10, "eager": 5e-6}
 VARIANTS = [
-    pytest.param(name, attention, windowed, id=f"{name}-{attention}{'-window' if windowed else ''}")
-    for name, family in FAMILIES.items()
-    for attention in family.attentions
-    for windowed in ((False, True) if family.window else (False,))
+    pytest.param(*variant, id=f"{variant[0]}-{variant[1]}{'-window' if variant[2] else ''}") for variant in variants()
 ]
 WINDOWED = [name for name, family in FAMILIES.items() if family.window]
 # Texts per variant; a longer run calls check_texts with more.
@@ -58,13 +54,8 @@ def check_texts(name: str, attention: str, windowed: bool, cases: int) -> None:
     assert baseline.generate(prompts, max_new_tokens=16).sequences == generated(model, prompts, 16)
     for index in range(cases):
         case = random_case(rng)
-        options = {"max_new_tokens": case.max_new_tokens, "sampling": case.sampling, "request_ids": case.requests}
-        expected = baseline.generate(case.prompts, **options)
-        decoder = build_decoder(verifier, case, index)
-        if isinstance(decoder, NoisyOracleDecoder):
-            decoder.truth = expected.sequences
-        inputs = left_padded(case.prompts) if case.as_tensor else (case.prompts,)
-        assert decoder.generate(*inputs, **options).sequences == expected.sequences, f"case {index}: {case}"
+        expected, got, _ = run_case(verifier, case, index)
+        assert got.sequences == expected.sequences, f"case {index}: {case}"
 
 
 @pytest.mark.parametrize(("name", "attention", "windowed"), VARIANTS)

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from recurrent_drafting import AutoregressiveDecoder, BeamConfig, SamplingConfig, SpeculativeDecoder, Verifier
+from recurrent_drafting import (
+    AutoregressiveDecoder,
+    BeamConfig,
+    GenerationOutput,
+    SamplingConfig,
+    SpeculativeDecoder,
+    Verifier,
+)
 from tests.tiny import CONFIGS, VOCAB, NoisyOracleDecoder, make_drafter, make_verifier
 
 CASES_PER_FAMILY = 250
@@ -71,25 +78,27 @@ def build_decoder(verifier: Verifier, case: Case, seed: int) -> SpeculativeDecod
     return SpeculativeDecoder(verifier, drafter, case.beam)
 
 
+def run_case(
+    verifier: Verifier, case: Case, seed: int
+) -> tuple[GenerationOutput, GenerationOutput, SpeculativeDecoder]:
+    """Return the baseline's output, the speculative decoder's, and that decoder for its counts."""
+    options = {"max_new_tokens": case.max_new_tokens, "sampling": case.sampling, "request_ids": case.requests}
+    expected = AutoregressiveDecoder(verifier).generate(case.prompts, **options)
+    decoder = build_decoder(verifier, case, seed)
+    if isinstance(decoder, NoisyOracleDecoder):
+        decoder.truth = expected.sequences
+    inputs = left_padded(case.prompts) if case.as_tensor else (case.prompts,)
+    return expected, decoder.generate(*inputs, **options), decoder
+
+
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_speculative_text_equals_baseline(family: str, capsys: pytest.CaptureFixture[str]) -> None:
     verifier = make_verifier(family)
-    baseline = AutoregressiveDecoder(verifier)
     rng = random.Random(family)
     steps = partial = moved = 0
     for index in range(CASES_PER_FAMILY):
         case = random_case(rng)
-        options = {
-            "max_new_tokens": case.max_new_tokens,
-            "sampling": case.sampling,
-            "request_ids": case.requests,
-        }
-        expected = baseline.generate(case.prompts, **options)
-        decoder = build_decoder(verifier, case, index)
-        if isinstance(decoder, NoisyOracleDecoder):
-            decoder.truth = expected.sequences
-        inputs = left_padded(case.prompts) if case.as_tensor else (case.prompts,)
-        got = decoder.generate(*inputs, **options)
+        expected, got, decoder = run_case(verifier, case, index)
         assert got.sequences == expected.sequences, f"case {index}: {case}"
         assert got.finish_reasons == expected.finish_reasons
         if isinstance(decoder, NoisyOracleDecoder):

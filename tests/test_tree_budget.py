@@ -31,7 +31,7 @@ def random_tree(seed: int, batch: int = 2, length: int = 2, width: int = 3) -> D
 
 def random_curve(rng: random.Random, nodes: list[int]) -> LatencyCurve:
     seconds = sorted(rng.uniform(1, 4) for _ in nodes)
-    return LatencyCurve(tuple(nodes), tuple(seconds), draft_seconds=rng.uniform(0, 1))
+    return LatencyCurve(tuple(nodes), tuple(seconds), depth_seconds=rng.uniform(0, 1))
 
 
 def expected_tokens(tree: DraftTree, row: int, size: int) -> float:
@@ -51,7 +51,7 @@ def test_best_nodes_maximises_expected_tokens_per_second(seed: int) -> None:
     nodes = sorted(rng.sample(range(1, tree.num_nodes + 1), 4))
     curve = random_curve(rng, nodes)
     rates = {
-        size: sum(expected_tokens(tree, row, size) for row in range(2)) / (curve.draft_seconds + seconds)
+        size: sum(expected_tokens(tree, row, size) for row in range(2)) / (2 * curve.depth_seconds + seconds)
         for size, seconds in zip(nodes, curve.seconds, strict=True)
     }
     got = curve.best_nodes(tree)
@@ -60,7 +60,7 @@ def test_best_nodes_maximises_expected_tokens_per_second(seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("nodes", "seconds", "draft_seconds", "best"),
+    ("nodes", "seconds", "depth_seconds", "best"),
     [
         ((1, 4, 7), (1.0, 1.0, 1.0), 0.0, 7),  # nodes are free: all of them
         ((1, 4, 7), (1.0, 9.0, 99.0), 0.0, 1),  # nodes cost more than they bring
@@ -71,9 +71,9 @@ def test_best_nodes_maximises_expected_tokens_per_second(seed: int) -> None:
     ],
 )
 def test_extreme_costs_choose_extreme_sizes(
-    nodes: tuple[int, ...], seconds: tuple[float, ...], draft_seconds: float, best: int
+    nodes: tuple[int, ...], seconds: tuple[float, ...], depth_seconds: float, best: int
 ) -> None:
-    assert LatencyCurve(nodes, seconds, draft_seconds).best_nodes(random_tree(0)) == best
+    assert LatencyCurve(nodes, seconds, depth_seconds).best_nodes(random_tree(0)) == best
 
 
 def test_root_alone_is_a_tree_of_one_node() -> None:
@@ -122,7 +122,7 @@ def test_measured_curve_rises_over_the_promised_sizes(family: str, beam: BeamCon
     assert len(curve.seconds) == len(sizes)
     assert curve.seconds[0] > 0
     assert list(curve.seconds) == sorted(curve.seconds)
-    assert curve.draft_seconds > 0
+    assert curve.depth_seconds > 0
 
 
 def test_model_without_a_stated_window_is_measured_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +134,7 @@ def test_model_without_a_stated_window_is_measured_too(monkeypatch: pytest.Monke
 
 def test_drafting_goes_on_only_while_the_next_depth_is_expected_to_pay() -> None:
     """One node costs 1 s, each further one nothing; a depth costs 0.1 s: it must add more than a tenth of the rate."""
-    curve = LatencyCurve(nodes=(1, 4), seconds=(1.0, 1.0), draft_seconds=0.4, depth_seconds=0.1)
+    curve = LatencyCurve(nodes=(1, 4), seconds=(1.0, 1.0), depth_seconds=0.1)
     sure = torch.tensor([[[0.9, 0.05, 0.05]]]).log()  # next depth: about 1 * 1 / 1 tokens more
     doubtful = torch.tensor([[[0.1, 0.05, 0.05]]]).log()  # 0.2 * 0.2 / 1 = 0.04 tokens; rate 1.2 / 1.1 per second
     assert curve.worth_going_on(sure)
@@ -144,3 +144,12 @@ def test_drafting_goes_on_only_while_the_next_depth_is_expected_to_pay() -> None
     falling = torch.tensor([[[0.9, 0.1, 0.0], [0.1, 0.0, 0.0]]]).log()
     assert curve.worth_going_on(steady)
     assert not curve.worth_going_on(falling)
+
+
+def test_only_drafted_depths_are_charged() -> None:
+    """Two nodes: 1.5 tokens in 1 + 1.3 s; three: 1.6 in 1 + 1.5 s. Ten depths charged would make it three."""
+    tokens = torch.tensor([[[1, 2]]])
+    beams = Beams(tokens, torch.zeros_like(tokens), torch.tensor([[[0.5, 0.1]]]).log())
+    tree = DraftTree.from_beams(torch.tensor([0]), beams)
+    assert LatencyCurve((1, 2, 3), (1.0, 1.3, 1.5), depth_seconds=1.0).best_nodes(tree) == 2
+    assert LatencyCurve((1, 2, 3), (1.0, 1.3, 1.5), depth_seconds=10.0).best_nodes(tree) == 3
