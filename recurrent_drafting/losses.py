@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Rows of logits held at once; 512 rows of a draft vocabulary of 8,192 are 8 MB in bfloat16.
 _CHUNK_ROWS = 512
+# Row counts are rounded up to a multiple: matrix libraries prepare a kernel for every shape they meet, and
+# that can take longer than its use.
+ROW_MULTIPLE = 128
 
 
 def kl(logits: Tensor, target_probabilities: Tensor) -> Tensor:
@@ -140,17 +143,21 @@ def _normaliser(
     features: Tensor, weight: Tensor, own_ids: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return logsumexp, own logit and rank per row, and the gradients of ``scale * logsumexp``."""
-    wide = scale.dtype
-    grad_features = torch.empty_like(features, dtype=wide)
+    wide, count = scale.dtype, features.shape[0]
+    # At least one row: a micro-batch may hold no supervised one.
+    padding = -count % ROW_MULTIPLE if count else ROW_MULTIPLE
+    padded = nn.functional.pad(features, (0, 0, 0, padding))
+    own_ids, scale = nn.functional.pad(own_ids, (0, padding)), nn.functional.pad(scale, (0, padding))
+    grad_features = torch.empty_like(padded, dtype=wide)
     grad_weight = torch.zeros_like(weight, dtype=wide)
     # Both are reused: fresh memory for every chunk costs as much as the arithmetic.
     logit_buffer = features.new_empty(_CHUNK_ROWS, weight.shape[0])
     scratch_buffer = torch.empty_like(logit_buffer)
+    weight_buffer = torch.empty_like(weight)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    # At least one chunk: a micro-batch may hold no supervised row.
-    for start in range(0, max(features.shape[0], 1), _CHUNK_ROWS):
+    for start in range(0, len(padded), _CHUNK_ROWS):
         rows = slice(start, start + _CHUNK_ROWS)
-        chunk = features[rows]
+        chunk = padded[rows]
         logits = torch.mm(chunk, weight.T, out=logit_buffer[: len(chunk)])
         scratch = scratch_buffer[: len(chunk)]
         own = logits.gather(1, own_ids[rows].unsqueeze(1))
@@ -160,10 +167,11 @@ def _normaliser(
         # The largest probability is 1 / sum exp(logit - peak): one pass less than a logsumexp.
         normaliser = peak - q.amax(dim=1).to(wide).log()
         grad_features[rows] = (q @ weight).to(wide) * scale[rows].unsqueeze(1)
-        grad_weight += q.T @ (chunk * scale[rows].unsqueeze(1).to(features.dtype))
+        scaled = chunk * scale[rows].unsqueeze(1).to(features.dtype)
+        grad_weight += torch.mm(q.T, scaled, out=weight_buffer)
         parts.append((normaliser, own.squeeze(1).to(wide), ranks))
-    normaliser, own, ranks = (torch.cat(column) for column in zip(*parts, strict=True))
-    return normaliser, own, ranks, grad_features, grad_weight
+    normaliser, own, ranks = (torch.cat(column)[:count] for column in zip(*parts, strict=True))
+    return normaliser, own, ranks, grad_features[:count], grad_weight
 
 
 def _soft_targets(

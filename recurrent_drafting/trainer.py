@@ -283,7 +283,9 @@ class DrafterTrainer(transformers.Trainer):
         depth_weights = self.args.depth_decay ** torch.arange(batch.valid.shape[1], device=features.device)
         row_weights = (batch.valid * depth_weights)[batch.valid]
         targets = self._targets(batch, hidden)
-        return losses.head_loss(features[batch.valid], self.drafter.head.weight, targets, row_weights)
+        # The base class autocasts the model's forward only, and the head's product is most of the work.
+        with self.accelerator.autocast():
+            return losses.head_loss(features[batch.valid], self.drafter.head.weight, targets, row_weights)
 
     def _hidden_states(self, inputs: dict[str, Tensor]) -> Tensor:
         """Take stored states where the rows bring them, else run the verifier, ``[B, T, H]``."""
@@ -301,6 +303,8 @@ class DrafterTrainer(transformers.Trainer):
         # The target of depth k is the verifier's distribution at position t + k.
         flat = batch.rows.unsqueeze(1) * hidden.shape[1] + batch.positions.unsqueeze(1) + depths
         unique, index = flat[batch.valid].unique(return_inverse=True)
+        # Rows that no target points to; see losses.ROW_MULTIPLE.
+        unique = nn.functional.pad(unique, (0, -len(unique) % losses.ROW_MULTIPLE))
         with torch.no_grad():
             logits = self.verifier.head(hidden.flatten(0, 1)[unique], self.drafter.draft_token_ids)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

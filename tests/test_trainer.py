@@ -236,6 +236,22 @@ def test_training_lowers_the_loss_and_leaves_the_verifier_alone(tmp_path: Path) 
     assert trained == {id(item) for item in drafter.parameters()}
 
 
+def test_bf16_training_runs_the_heads_product_in_bf16(
+    verifier: Verifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    types = []
+    product = torch.mm
+
+    def seen(left: Tensor, right: Tensor, **options: Any) -> Tensor:
+        types.append(left.dtype)
+        return product(left, right, **options)
+
+    monkeypatch.setattr(torch, "mm", seen)
+    drafter = make_drafter(verifier).float()
+    make_trainer(drafter, verifier, arguments(tmp_path, bf16=True), uneven_rows()).train()
+    assert set(types) == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("objective", ["kl", "ce"])
 def test_one_batch_of_eight_and_eight_of_one_give_the_same_weights(
     verifier: Verifier, tmp_path: Path, objective: str
