@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 QUICK = {
     "llm_name_or_path": DEFAULT_BASE,
     "dataset_name": "self",
-    "max_train_samples": 480,
-    "max_steps": 260,
+    "max_train_samples": 640,
+    "max_steps": 400,
+    "drafter_predict_n_tokens": 3,
     "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 16,
     "max_eval_samples": 16,
