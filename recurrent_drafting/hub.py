@@ -126,8 +126,14 @@ def base_of(config: RecurrentDraftingConfig, evaluations: Sequence[Evaluation], 
             )
     if trained_for in ASSETS:
         return Base(ASSETS[trained_for].hub_id, ASSETS[trained_for].licence.lower())
-    is_hub_id = trained_for is not None and trained_for.count("/") <= 1 and not Path(trained_for).expanduser().exists()
+    is_hub_id = trained_for is not None and trained_for == public_name(trained_for) and trained_for.count("/") <= 1
     return Base(trained_for if is_hub_id else None, None)
+
+
+def public_name(name: str) -> str:
+    """Return a name without the directories of this machine, if it is a local path."""
+    path = Path(name).expanduser()
+    return path.name if path.is_absolute() or path.exists() else name
 
 
 def model_card(repo_name: str, config: RecurrentDraftingConfig, evaluations: Sequence[Evaluation], base: Base) -> str:
@@ -142,7 +148,7 @@ def model_card(repo_name: str, config: RecurrentDraftingConfig, evaluations: Seq
         model_name=repo_name.partition("/")[2],
         eval_results=[result for item in evaluations for result in _eval_results(item, metrics)],
     )
-    verifier = base.name or config.verifier_name_or_path or "its base model"
+    verifier = base.name or public_name(config.verifier_name_or_path or "its base model")
     return (
         "\n\n".join(
             [
@@ -207,7 +213,7 @@ def _figures(item: Evaluation) -> str:
     summary, machine = item.summary, item.record.get("machine") or {}
     depths = ", ".join(f"{share:.3f}" for share in summary["acceptance_by_depth"])
     rows = [
-        ("base", summary.get("base_note") or summary["base_model"]),
+        ("base", summary.get("base_note") or public_name(summary["base_model"])),
         ("setting", f"{summary['dtype']} on {summary['device']}, batch {summary['batch_size']}, temperature "
          f"{summary['temperature']}, {summary['prompts']} prompts"),
         ("tau (tokens per verifier step)", f"{summary['tau']:.3f}"),
@@ -263,7 +269,7 @@ def files_to_upload(
 ) -> dict[str, bytes | Path]:
     """List what goes up, by its path there: nothing else of the directory does.
 
-    Evaluations name the drafter by its repository instead of the place it had on this machine.
+    Evaluations name drafter and base without the places they had on this machine.
     """
     files: dict[str, bytes | Path] = {
         CARD: card.encode(),
@@ -272,7 +278,8 @@ def files_to_upload(
         WEIGHTS: directory / WEIGHTS,
     }
     for item in evaluations:
-        record = {**item.record, "summary": {**item.summary, "speculator_path": repo_name}}
+        names = {"speculator_path": repo_name, "base_model": public_name(item.summary["base_model"])}
+        record = {**item.record, "summary": {**item.summary, **names}}
         files[item.name] = (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
     return dict(sorted(files.items()))
 

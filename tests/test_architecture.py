@@ -51,6 +51,11 @@ ORDER = (
 IMPORT_PROBE = f"""
 import logging, random, signal, sys
 import numpy, torch
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+def registered():
+    return [*CONFIG_MAPPING._extra_content.values(), *MODEL_MAPPING._extra_content.values()]
 
 def shared():
     return (
@@ -60,12 +65,13 @@ def shared():
     )
 
 random.seed(1), numpy.random.seed(2), torch.manual_seed(3)
-before = shared()
+before, foreign = shared(), registered()
 import {NAME}
 print([name for name in ("vllm", "wandb", "datasets", "gguf") if name in sys.modules])
 for module in sys.argv[1:]:
     __import__(module)
 print(before == shared())
+print([kind.__name__ for kind in registered() if kind not in foreign])
 """
 
 
@@ -135,10 +141,10 @@ def test_the_package_never_prints(path: Path) -> None:
     assert [call.lineno for call in calls if ast.unparse(call.func) == "print"] == []
 
 
-def test_importing_the_package_changes_nothing_and_needs_no_optional_package() -> None:
+def test_importing_the_package_only_registers_its_classes_and_needs_no_optional_package() -> None:
     modules = [f"{NAME}.{module}" for module in ORDER if module != "__init__"]
     [(_, out, err)] = run(["-c", IMPORT_PROBE, *modules])
-    assert out.splitlines() == ["[]", "True"], err
+    assert out.splitlines() == ["[]", "True", "['RecurrentDraftingConfig', 'Drafter']"], err
 
 
 def test_help_and_a_misspelt_flag_of_the_generation_script() -> None:

@@ -147,11 +147,12 @@ def test_the_result_can_be_an_object(model: Any, folder: Path) -> None:
     assert isinstance(ours, GenerateDecoderOnlyOutput) and ours.sequences.equal(plain.sequences)
 
 
-def test_a_text_streamer_shows_the_same_text(model: Any, folder: Path) -> None:
+@pytest.mark.parametrize("skip_prompt", [True, False])
+def test_a_text_streamer_shows_the_same_text(model: Any, folder: Path, skip_prompt: bool) -> None:
     def shown(**arguments: Any) -> str:
         sink = io.StringIO()
         with redirect_stdout(sink):
-            streamer = TextStreamer(make_tokenizer(), skip_prompt=True)
+            streamer = TextStreamer(make_tokenizer(), skip_prompt=skip_prompt)
             model.generate(PROMPT, max_new_tokens=24, streamer=streamer, **arguments)
         return sink.getvalue()
 

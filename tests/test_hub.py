@@ -313,7 +313,9 @@ def test_what_cannot_be_uploaded_is_refused_before_the_network(
     assert server.seen == []
 
 
-def test_what_is_not_known_is_not_stated(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_known_is_not_stated_and_local_paths_stay_here(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base = str(folder)
     save_drafter(folder, folder)
     (folder / "quick_results.json").write_text(json.dumps({"summary": {**SUMMARY, "base_model": base}}))
@@ -321,7 +323,7 @@ def test_what_is_not_known_is_not_stated(folder: Path, capsys: pytest.CaptureFix
     assert deploy(folder, "--dry_run") == 0
     out, err = capsys.readouterr()
     assert not {"base_model", "license"} & metadata_of(out).keys()
-    assert "does not state what --base_model and --license would" in err
+    assert "does not state what --base_model and --license would" in err and base not in out
     assert deploy(folder, "--dry_run", "--base_model", "user/base", "--license", "mit") == 0
     metadata = metadata_of(capsys.readouterr().out)
     assert (metadata["base_model"], metadata["license"]) == ("user/base", "mit")
