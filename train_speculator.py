@@ -9,6 +9,8 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import re
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from recurrent_drafting import Drafter, Verifier
-    from recurrent_drafting.data import TokenDataset
+    from recurrent_drafting.data import Conversation, TokenDataset
+    from recurrent_drafting.estimate import ExpectedData
     from recurrent_drafting.trainer import DrafterTrainer, TrainingArguments
 
 # What --quick sets; any flag given on the command line wins.
@@ -47,6 +50,8 @@ QUICK = {
     "save_strategy": "no",
 }
 QUICK_PROMPTS, QUICK_TOKENS = 16, 64
+# New tokens per prompt of the short decode that ends every training run.
+SERVE_CHECK_TOKENS = 32
 
 
 def build_parser() -> cli.ArgumentParser:
@@ -69,6 +74,9 @@ def build_parser() -> cli.ArgumentParser:
     run.add_argument("--trust_remote_code", action="store_true", help="let the base run its own Python code")
     run.add_argument("--overwrite_output_dir", action="store_true", help="write into a directory that is not empty")
     run.add_argument("--warmup_ratio", type=float, help="share of the steps that warm up")
+    run.add_argument("--serve_check_prompts", type=int, default=4, help="prompts decoded after training; 0 = none")
+    run.add_argument("--dry_run", action="store_true", help="print what the run would be and take; train nothing")
+    run.add_argument("--yes", action="store_true", help="regenerate a large data set, whatever it takes")
     run.add_argument("--debug", action="store_true", help="print tracebacks")
     model = parser.add_argument_group("drafter")
     model.add_argument("--exit_dim_multiplier", type=float, default=1.0, help="exit_dim as a multiple of H")
@@ -123,7 +131,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         UsageError: with the range or the choices.
     """
-    least = {"model_max_length": 3, "max_train_samples": 1, "max_eval_samples": 1}
+    least = {"model_max_length": 3, "max_train_samples": 1, "max_eval_samples": 1, "serve_check_prompts": 0}
     for name, minimum in least.items():
         value = getattr(args, name)
         if value is not None and value < minimum:
@@ -189,6 +197,7 @@ def load_data(
         )
         print(f"data: {report.read} conversations from {args.dataset_name}, left out {report.skipped or 'none'}")
         if args.targets == "regenerated":
+            require_consent(args, verifier, tokenizer, conversations)
             rows = distillation.regenerate(conversations, verifier, tokenizer, args.model_max_length)
         else:
             only = args.train_on_assistant_only
@@ -207,18 +216,104 @@ def load_data(
     return training, evaluation
 
 
-def with_hidden_states(args: argparse.Namespace, verifier: Verifier, rows: TokenDataset, scratch: str) -> TokenDataset:
+def require_consent(
+    args: argparse.Namespace, verifier: Verifier, tokenizer: PreTrainedTokenizerBase, conversations: list[Conversation]
+) -> None:
+    """Stop before days of writing replies that nobody asked for.
+
+    Raises:
+        UsageError: it would take long, and neither --yes nor --max_train_samples is given.
+    """
+    from recurrent_drafting import estimate
+
+    if args.yes or args.max_train_samples is not None:
+        return
+    expected = estimate.written_replies(conversations, tokenizer, args.model_max_length)
+    hours = estimate.writing_seconds(verifier, expected) / 3600
+    replies = f"{expected.replies_written} replies of the base, at most {hours:.2f} h"
+    print(f"regenerated targets: {replies}")
+    if hours > estimate.LARGE_HOURS:
+        raise UsageError(
+            f"--targets regenerated takes {replies}: pass --yes to start, --max_train_samples N for a part, "
+            "or --targets ground_truth"
+        )
+
+
+def expect_data(args: argparse.Namespace, verifier: Verifier, tokenizer: PreTrainedTokenizerBase) -> ExpectedData:
+    """Return what the data set of the run will be, without making it."""
+    from recurrent_drafting import data, estimate
+
+    if args.dataset_name == "self":
+        return estimate.self_written(verifier, tokenizer, args.max_train_samples)
+    conversations, _ = data.load_dataset_by_name(
+        args.dataset_name, split=args.dataset_split, max_rows=args.max_train_samples, skip_bad_rows=args.skip_bad_rows
+    )
+    if args.targets == "regenerated":
+        return estimate.written_replies(conversations, tokenizer, args.model_max_length)
+    only = args.train_on_assistant_only
+    return estimate.given_replies(conversations, tokenizer, args.model_max_length, assistant_only=only)
+
+
+def dry_run(args: argparse.Namespace, training: TrainingArguments) -> int:
+    """Print the resolved run and what it would take; train nothing, write nothing."""
+    from dataclasses import fields
+
+    from recurrent_drafting import estimate
+    from recurrent_drafting.data import TokenDataset, load_tokenizer
+
+    usual = {item.name: item.default for item in fields(training)}
+    given = {name: value for name, value in vars(args).items() if name not in usual or value != usual[name]}
+    print(json.dumps({name: value for name, value in given.items() if value is not None}, indent=2, default=str))
+    verifier, tokenizer = load_base(args, training), load_tokenizer(args.llm_name_or_path, args.revision)
+    expected = expect_data(args, verifier, tokenizer)
+    rows = TokenDataset(expected.rows)
+    with tempfile.TemporaryDirectory(prefix="dry-run-") as scratch:
+        training.output_dir, training.report_to = scratch, []
+        # What the sample's replies would make of the draft vocabulary says nothing.
+        with contextlib.redirect_stdout(io.StringIO()):
+            drafter = make_drafter(args, verifier, rows)
+        trainer = make_trainer(training, verifier, drafter, (rows, rows))
+        found = estimate.run(trainer, expected, stored_states=bool(args.hidden_state_cache or args.quick))
+    print(
+        f"data: {expected.count} rows of {expected.tokens_per_row:.0f} tokens, {expected.replies_written} to be written"
+    )
+    print(found.describe())
+    print("dry run: nothing was trained or written")
+    return 0
+
+
+def load_base(args: argparse.Namespace, training: TrainingArguments) -> Verifier:
+    """Load the base in the dtype of the run."""
+    from recurrent_drafting import Verifier
+
+    dtype = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
+    print(f"base: {args.llm_name_or_path} ({dtype})")
+    device = "cpu" if training.use_cpu else "auto"
+    return Verifier.from_pretrained(
+        args.llm_name_or_path, dtype, device, revision=args.revision, trust_remote_code=args.trust_remote_code
+    )
+
+
+def with_hidden_states(
+    args: argparse.Namespace, training: TrainingArguments, verifier: Verifier, rows: TokenDataset, scratch: str
+) -> TokenDataset:
     """Store the base's states of the training rows; --quick does it in a scratch directory, others on request."""
+    from recurrent_drafting import distributed
     from recurrent_drafting.hidden_cache import CachedDataset, HiddenStateCache
 
-    directory = args.hidden_state_cache or (scratch if args.quick else None)
-    if directory is None:
+    if not (args.hidden_state_cache or args.quick):
         return rows
-    cache = HiddenStateCache(Path(directory), verifier, rows)
-    cost = cache.cost()
-    print(f"hidden states: {cost.tokens} tokens, {cost.bytes / 1e6:.0f} MB, about {cost.seconds:.0f} s, in {directory}")
-    cache.write(rebuild=args.rebuild_cache)
-    return CachedDataset(rows, cache)
+
+    def write() -> Path:
+        directory = Path(args.hidden_state_cache or scratch)
+        cache = HiddenStateCache(directory, verifier, rows)
+        cost = cache.cost()
+        size = f"{cost.tokens} tokens, {cost.bytes / 1e6:.0f} MB, about {cost.seconds:.0f} s"
+        print(f"hidden states: {size}, in {directory}")
+        cache.write(rebuild=args.rebuild_cache)
+        return directory
+
+    return CachedDataset(rows, HiddenStateCache(distributed.from_first_rank(training, write), verifier, rows))
 
 
 def make_drafter(args: argparse.Namespace, verifier: Verifier, rows: TokenDataset) -> Drafter:
@@ -313,36 +408,62 @@ def measure(args: argparse.Namespace, verifier: Verifier, drafter: Drafter, toke
     return path
 
 
-def execute(args: argparse.Namespace, training: TrainingArguments) -> int:
-    """Run what the command line asks for."""
-    from recurrent_drafting import Verifier
-    from recurrent_drafting.data import load_tokenizer
+def evaluate(trainer: DrafterTrainer, rows: TokenDataset) -> int:
+    """Print loss, accuracies and simulated tau of the rows, and the tau of decoding their prompts."""
+    from recurrent_drafting import train_serve
 
-    check_output_dir(args)
-    dtype = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
-    print(f"base: {args.llm_name_or_path} ({dtype})")
-    device = "cpu" if training.use_cpu else "auto"
-    verifier = Verifier.from_pretrained(
-        args.llm_name_or_path, dtype, device, revision=args.revision, trust_remote_code=args.trust_remote_code
-    )
-    tokenizer = load_tokenizer(args.llm_name_or_path, args.revision)
-    training_rows, evaluation_rows = load_data(args, verifier, tokenizer)
-    drafter = make_drafter(args, verifier, training_rows)
-    print(f"drafter: {drafter.num_parameters() / 1e6:.2f} M parameters")
-    if args.phase == "eval":
-        trainer = make_trainer(training, verifier, drafter, (training_rows, evaluation_rows))
-        print(json.dumps(trainer.evaluate(), indent=2))
-        return 0
-    checkpoint = find_checkpoint(args, drafter)
-    with tempfile.TemporaryDirectory(prefix="hidden-states-", ignore_cleanup_errors=True) as scratch:
-        training_rows = with_hidden_states(args, verifier, training_rows, scratch)
-        trainer = make_trainer(training, verifier, drafter, (training_rows, evaluation_rows))
-        trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = trainer.evaluate()
+    if trainer.args.process_index == 0:
+        prompts, longest = train_serve.prompts_of(rows.rows), max(sum(row.loss_mask) for row in rows.rows)
+        report = train_serve.compare(trainer.verifier, trainer.drafter, prompts, trainer.beam(), longest)
+        served = {
+            "served_prompts": report.prompts,
+            "served_tau": report.served.tau,
+            "served_acceptance_by_depth": report.served.acceptance_by_depth,
+            "served_text_simulated_tau": report.simulated.tau,
+        }
+        print(json.dumps({**metrics, **served}, indent=2))
+    return 0
+
+
+def finish(args: argparse.Namespace, trainer: DrafterTrainer, rows: TokenDataset) -> None:
+    """Evaluate and save the trained drafter, and compare what it simulates with what it serves."""
+    from recurrent_drafting import tracking, train_serve
+
     metrics = trainer.evaluate()
     trainer.save_model(args.output_dir)
     print(f"simulated tau on held-out rows: {metrics['eval_simulated_tau']:.3f}")
     print(f"drafter saved: {args.output_dir}")
-    if args.quick:
+    if trainer.args.process_index or not args.serve_check_prompts:
+        return
+    prompts = train_serve.prompts_of(rows.rows, args.serve_check_prompts)
+    report = train_serve.compare(trainer.verifier, trainer.drafter, prompts, trainer.beam(), SERVE_CHECK_TOKENS)
+    print(f"train equals serve: {report.summary()}")
+    table = train_serve.evaluation_table(metrics, report)
+    tracking.log_table(trainer.callback_handler.callbacks, table, trainer.state.global_step)
+
+
+def execute(args: argparse.Namespace, training: TrainingArguments) -> int:
+    """Run what the command line asks for."""
+    from recurrent_drafting import distributed, tracking
+    from recurrent_drafting.data import load_tokenizer
+
+    if training.should_save:
+        check_output_dir(args)
+    verifier, tokenizer = load_base(args, training), load_tokenizer(args.llm_name_or_path, args.revision)
+    training_rows, evaluation_rows = distributed.from_first_rank(training, lambda: load_data(args, verifier, tokenizer))
+    drafter = make_drafter(args, verifier, training_rows)
+    print(f"drafter: {drafter.num_parameters() / 1e6:.2f} M parameters")
+    if args.phase == "eval":
+        return evaluate(make_trainer(training, verifier, drafter, (training_rows, evaluation_rows)), evaluation_rows)
+    checkpoint = find_checkpoint(args, drafter)
+    with tempfile.TemporaryDirectory(prefix="hidden-states-", ignore_cleanup_errors=True) as scratch:
+        training_rows = with_hidden_states(args, training, verifier, training_rows, scratch)
+        trainer = make_trainer(training, verifier, drafter, (training_rows, evaluation_rows))
+        with tracking.closing(trainer.callback_handler.callbacks):
+            trainer.train(resume_from_checkpoint=checkpoint)
+            finish(args, trainer, evaluation_rows)
+    if args.quick and training.process_index == 0:
         print(f"results: {measure(args, verifier, drafter, tokenizer)}")
         print(
             "next:\n"
@@ -357,8 +478,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
 
     def body() -> int:
+        from recurrent_drafting import distributed
+
         args, training = parse_arguments(argv)
-        return execute(args, training)
+        distributed.check_world(training)
+        with distributed.one_voice(training):
+            return dry_run(args, training) if args.dry_run else execute(args, training)
 
     return cli.run(body, debug)
 

@@ -47,6 +47,8 @@ _PROMPT_TOKENS = (6, 200)
 _MIN_REPLY_TOKENS = 4
 _MAX_PROMPT_TOKENS_WRITTEN = 160
 _SETTINGS = "settings.json"
+# Requests that transformers decode together; self-written rows where the number is not given.
+REPLY_BATCH, SELF_ROWS = 32, 1024
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class TransformersEngine:
 
     name = "transformers"
 
-    def __init__(self, verifier: Verifier, batch_size: int = 32) -> None:
+    def __init__(self, verifier: Verifier, batch_size: int = REPLY_BATCH) -> None:
         self._decoder = AutoregressiveDecoder(verifier)
         self._batch_size = batch_size
 
@@ -442,16 +444,23 @@ def self_rows(verifier: Verifier, tokenizer: Any, directory: Path, num_rows: int
         verifier: the base.
         tokenizer: the base's.
         directory: chunks are kept in its ``self_data`` folder.
-        num_rows: prompts to write where none are packaged; default 1,024.
+        num_rows: prompts to write where none are packaged; default ``SELF_ROWS``.
     """
+    if (packaged := packaged_rows(verifier)) is not None:
+        return packaged
+    config = SelfDataConfig(num_rows=num_rows or SELF_ROWS)
+    writer = SelfData(TransformersEngine(verifier), tokenizer, config, verifier.name_or_path)
+    writer.write(directory / "self_data")
+    return load_rows(directory / "self_data", tokenizer)[0]
+
+
+def packaged_rows(verifier: Verifier) -> list[EncodedRow] | None:
+    """Return the packaged self-written rows of this very base, None if there are none."""
     for path in sorted((Path(__file__).parent / "data").glob("*-self.safetensors")):
         packed, metadata = data.load_packed(path)
         if verifier.fingerprint is not None and metadata.get("fingerprint") == verifier.fingerprint:
             return packed.rows
-    config = SelfDataConfig(num_rows=num_rows or 1024)
-    writer = SelfData(TransformersEngine(verifier), tokenizer, config, verifier.name_or_path)
-    writer.write(directory / "self_data")
-    return load_rows(directory / "self_data", tokenizer)[0]
+    return None
 
 
 def regenerate(

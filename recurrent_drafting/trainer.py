@@ -6,19 +6,19 @@ position, one loss value per position and depth, normalised here.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils.data import Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler, Subset
+from transformers.integrations.integration_utils import WandbCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from recurrent_drafting import beam_search, losses
+from recurrent_drafting import beam_search, distributed, losses, tracking
 from recurrent_drafting.config import BeamConfig
 from recurrent_drafting.data import TokenDataset
 from recurrent_drafting.draft_tree import DraftTree
@@ -29,6 +29,7 @@ from recurrent_drafting.verifier import Verifier
 
 OBJECTIVES = ("ce", "kl")
 AUTO_DRAFT_VOCABULARY = 8192
+Counters = TypeVar("Counters", DecodingStats, MeanMetrics)
 
 
 @dataclass
@@ -44,6 +45,8 @@ class TrainingArguments(transformers.TrainingArguments):
         kd_temperature: divisor of the verifier's logits in the KL target.
         depth_decay: weight of depth k is ``depth_decay ** (k - 1)``.
         use_wandb: report to Weights & Biases.
+        wandb_project: its project; default ``WANDB_PROJECT``.
+        wandb_run_name: name of the run there; the same as ``run_name``.
     """
 
     learning_rate: float = field(default=5e-4)
@@ -51,6 +54,10 @@ class TrainingArguments(transformers.TrainingArguments):
     train_sampling_strategy: str = field(default="group_by_length")
     remove_unused_columns: bool = field(default=False)
     logging_nan_inf_filter: bool = field(default=False)
+    # A rank that hangs is noticed within a minute.
+    ddp_timeout: int = field(default=60)
+    # The head's weight is used in the loss, outside the forward that a search would look at.
+    ddp_find_unused_parameters: bool | None = field(default=False)
     drafter_predict_n_tokens: int = field(default=4)
     drafter_num_layers: int = field(default=2)
     drafter_top_k: int = field(default=5)
@@ -59,13 +66,17 @@ class TrainingArguments(transformers.TrainingArguments):
     kd_temperature: float = field(default=1.0)
     depth_decay: float = field(default=0.9)
     use_wandb: bool = field(default=False)
+    wandb_project: str | None = field(default=None)
+    wandb_run_name: str | None = field(default=None)
 
     def __post_init__(self) -> None:
         self._check()
+        trackers = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or [])
         if self.use_wandb:
-            if importlib.util.find_spec("wandb") is None:
-                raise UsageError("use_wandb: Weights & Biases is not installed; run: pip install wandb")
-            self.report_to = ["wandb"]
+            trackers = [*(name for name in trackers if name not in ("none", "all", "wandb")), "wandb"]
+            self.report_to = trackers
+        tracking.require_installed(trackers)
+        self.run_name = self.wandb_run_name or self.run_name
         if not torch.cuda.is_available() and not torch.backends.mps.is_available():
             self.use_cpu = True
         try:
@@ -172,6 +183,8 @@ class DrafterTrainer(transformers.Trainer):
         self.drafter = model
         self._means = MeanMetrics()
         super().__init__(model=model, args=args, **kwargs)
+        if self.pop_callback(WandbCallback) is not None:
+            self.add_callback(tracking.WandbRun(args.wandb_project))
         # The loss is divided by the step's item count below, accumulation and ranks included.
         self.model_accepts_loss_kwargs = True
 
@@ -197,7 +210,8 @@ class DrafterTrainer(transformers.Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the means since the last log to the Trainer's own figures."""
         if "loss" in logs:
-            logs = {**logs, **self._means.pop_means()}
+            logs = {**logs, **self._of_all_ranks(self._means).pop_means()}
+            self._means = MeanMetrics()
         super().log(logs, *args, **kwargs)
 
     def evaluate(
@@ -215,7 +229,7 @@ class DrafterTrainer(transformers.Trainer):
         stats = DecodingStats()
         self.drafter.train(False)
         with torch.no_grad():
-            for rows in self.get_eval_dataloader(eval_dataset):
+            for rows in self._eval_batches(eval_dataset):
                 inputs = self._prepare_inputs(rows)
                 hidden = self._hidden_states(inputs)
                 with self.compute_loss_context_manager():
@@ -223,8 +237,9 @@ class DrafterTrainer(transformers.Trainer):
                     result = self._head_loss(self.drafter, inputs, batch, hidden)
                     self._means.add("loss", float(result.total), int(batch.valid.sum()))
                     self._record(batch, result)
-                    simulate(self.drafter, self.verifier, inputs, hidden, self._beam(), stats)
-        means = self._means.pop_means()
+                    simulate(self.drafter, self.verifier, inputs, hidden, self.beam(), stats)
+        means = self._of_all_ranks(self._means).pop_means()
+        stats = self._of_all_ranks(stats)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         self._means = training_means
         metrics[f"{metric_key_prefix}_simulated_tau"] = stats.tau
@@ -232,12 +247,28 @@ class DrafterTrainer(transformers.Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _eval_batches(self, eval_dataset: Any) -> Any:
+        """Return this rank's batches; together the ranks see every row once, none twice."""
+        ranks = self.args.world_size
+        if ranks == 1:
+            return self.get_eval_dataloader(eval_dataset)
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        own = Subset(rows, range(self.args.process_index, len(rows), ranks))
+        return DataLoader(own, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
+
+    def _of_all_ranks(self, counters: Counters) -> Counters:
+        """Return the sum of every rank's counters."""
+        every = distributed.gather(self.args, counters)
+        for item in every[1:]:
+            every[0].merge(item)
+        return every[0]
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Group by length, which the base class can do for data sets of its own kind only."""
         rows = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length" or not isinstance(rows, TokenDataset):
             return super()._get_train_sampler(train_dataset)
-        step_rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        step_rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return LengthGroupedSampler([len(row.input_ids) for row in rows.rows], step_rows, seed)
 
@@ -251,7 +282,8 @@ class DrafterTrainer(transformers.Trainer):
         """Return the factor that undoes the gradient averaging over ranks."""
         return self.args.world_size if self.args.average_tokens_across_devices else 1
 
-    def _beam(self) -> BeamConfig:
+    def beam(self) -> BeamConfig:
+        """Return the shape of beams and tree that evaluation uses: the drafter's own, of fixed size."""
         config = self.drafter.config
         return BeamConfig(width=config.beam_width, length=config.beam_length)
 
@@ -326,7 +358,7 @@ def simulate(
     hidden: Tensor,
     beam: BeamConfig,
     stats: DecodingStats,
-) -> None:
+) -> list[list[int]]:
     """Walk the verifier's own text as decoding would and count what each step accepts.
 
     The same beam search and tree as in decoding; only the picks come from the text. A row's walk
@@ -339,7 +371,11 @@ def simulate(
         hidden: what feeds the LM head, ``[B, T, H]``.
         beam: shape of the beams and the tree.
         stats: counters that are added to.
+
+    Returns:
+        Accepted length of each step, per row of the batch.
     """
+    steps: list[list[int]] = [[] for _ in inputs["loss_mask"]]
     spans = list(_reply_spans(inputs["loss_mask"]))
     rows = [row for row, _, _ in spans]
     roots = [start for _, start, _ in spans]
@@ -357,7 +393,9 @@ def simulate(
         for i, accepted, text in zip(live, _follow(tree, texts), texts, strict=True):
             emitted = min(accepted + 1, len(text))
             stats.count_step(min(accepted, emitted))
+            steps[rows[i]].append(min(accepted, emitted))
             roots[i] += emitted
+    return steps
 
 
 def _follow(tree: DraftTree, texts: Sequence[Sequence[int]]) -> list[int]:
