@@ -200,9 +200,16 @@ def load_data(
             require_consent(args, verifier, tokenizer, conversations)
             rows = distillation.regenerate(conversations, verifier, tokenizer, args.model_max_length)
         else:
-            only = args.train_on_assistant_only
-            rows = [data.encode(c, tokenizer, args.model_max_length, assistant_only=only) for c in conversations]
-    rows, cut = data.truncate(rows[: args.max_train_samples], args.model_max_length)
+            rows, encoded = data.encode_all(
+                conversations,
+                tokenizer,
+                args.model_max_length,
+                assistant_only=args.train_on_assistant_only,
+                skip_bad_rows=args.skip_bad_rows,
+            )
+            print(f"data: {encoded.read} rows rendered, left out {encoded.skipped or 'none'}")
+    made = len(rows := rows[: args.max_train_samples])
+    rows, cut = data.truncate(rows, args.model_max_length)
     training, evaluation = data.split(rows, args.max_eval_samples)
     if len(training) < args.per_device_train_batch_size:
         raise DataError(
@@ -211,7 +218,8 @@ def load_data(
         )
     print(
         f"data: {len(training)} training rows ({training.reply_tokens} reply tokens), "
-        f"{len(evaluation)} evaluation rows, {cut} cut at {args.model_max_length} tokens"
+        f"{len(evaluation)} evaluation rows, {cut} cut at {args.model_max_length} tokens, "
+        f"{made - len(rows)} left out without a reply token before that"
     )
     return training, evaluation
 

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -428,7 +429,8 @@ def load_dataset_by_name(
     Args:
         name: a path, ``mtbench``, or a key of ``HUB_SOURCES``; a path that exists wins.
         split: split of a hub set; the set's usual one by default.
-        max_rows: rows that are read; None reads all.
+        max_rows: rows that are read; None reads all. A part of a hub set is streamed, so that the
+            rest is not downloaded.
         skip_bad_rows: leave malformed rows out and count them instead of stopping.
 
     Raises:
@@ -458,20 +460,25 @@ def _hub_rows(name: str, source: HubSource, split: str | None, max_rows: int | N
     datasets = importlib.import_module("datasets")
     hub_errors = importlib.import_module("huggingface_hub.errors")
     wanted = split or source.split
-    if max_rows is not None:
-        wanted = f"{wanted}[:{max_rows}]"
+    # A slice of a split ("train[:1%]") cannot be streamed.
+    streaming = max_rows is not None and "[" not in wanted
+    number = 0
     try:
         rows = datasets.load_dataset(
-            source.repository, source.configuration, data_files=source.data_files, split=wanted
+            source.repository,
+            source.configuration,
+            data_files=source.data_files,
+            split=wanted,
+            streaming=streaming,
         )
+        for number, row in enumerate(islice(rows, max_rows), start=1):
+            if row.get("text") != "":
+                yield f"{name}: row {number}", row
     except (OSError, ValueError, hub_errors.HfHubHTTPError) as error:
         raise NetworkError(
-            f"--dataset_name {name} ({source.repository}, split {wanted}) did not load from the hub: "
-            f"{_first_line(error)}; check the network and the split, or {_ALTERNATIVE}"
+            f"--dataset_name {name} ({source.repository}, split {wanted}) did not load from the hub after "
+            f"{number} rows: {_first_line(error)}; check the network and the split, or {_ALTERNATIVE}"
         ) from error
-    for number, row in enumerate(rows, start=1):
-        if row.get("text") != "":
-            yield f"{name}: row {number}", row
 
 
 def _first_line(error: BaseException) -> str:

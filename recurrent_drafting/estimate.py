@@ -194,7 +194,8 @@ def run(trainer: DrafterTrainer, expected: ExpectedData, *, stored_states: bool)
 
 def _timed_step(trainer: DrafterTrainer, expected: ExpectedData) -> tuple[float, float]:
     """Return the seconds per row of the base's forward, and of the drafter's forward, backward and update."""
-    rows = [expected.rows[index % len(expected.rows)] for index in range(trainer.args.train_batch_size)]
+    size = trainer.args.train_batch_size
+    rows = [expected.rows[index * len(expected.rows) // size] for index in range(size)]
     batch = trainer.data_collator(rows)  # type: ignore[arg-type]
     inputs = {name: tensor.to(trainer.verifier.device) for name, tensor in batch.items()}
     optimizer = trainer.create_optimizer()
@@ -204,7 +205,7 @@ def _timed_step(trainer: DrafterTrainer, expected: ExpectedData) -> tuple[float,
         hidden = trainer.verifier.hidden_states(inputs["input_ids"], inputs["attention_mask"])
         middle = time.perf_counter()
         with trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(trainer.model, {**inputs, "hidden": hidden})
+            loss = trainer.compute_loss(trainer.drafter, {**inputs, "hidden": hidden})
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -215,8 +216,9 @@ def _timed_step(trainer: DrafterTrainer, expected: ExpectedData) -> tuple[float,
 def _checkpoints(trainer: DrafterTrainer, steps: int, updates_per_epoch: int) -> int:
     """Return how many checkpoints will be on the disk at the end."""
     args = trainer.args
-    every = {"no": steps + 1, "epoch": updates_per_epoch}.get(str(args.save_strategy.value), int(args.save_steps))
-    count = steps // max(every, 1)
+    if args.save_strategy == "no":
+        return 0
+    count = steps // max(updates_per_epoch if args.save_strategy == "epoch" else int(args.save_steps), 1)
     return count if args.save_total_limit is None else min(count, args.save_total_limit)
 
 

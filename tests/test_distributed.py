@@ -59,7 +59,7 @@ def argv(folder: Path, output: str, batch: int, *more: str) -> list[str]:
 
 def launch(script: Path, arguments: Sequence[str], processes: int = 2) -> tuple[int, str, str, float]:
     """Start the script by torchrun; return code, output, errors and seconds."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     start = time.monotonic()
     done = subprocess.run(
