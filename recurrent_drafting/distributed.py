@@ -20,6 +20,28 @@ T = TypeVar("T")
 _PREPARATION = timedelta(days=30)
 
 
+def begin(training: TrainingArguments) -> None:
+    """Start the process group of a run on CPUs, with the run's own timeout.
+
+    The Trainer passes the timeout on for accelerators alone; on CPUs a rank that hangs would be
+    noticed after half an hour.
+
+    Raises:
+        ResourceError: the other processes do not come.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+    if not (training.use_cpu and launched) or torch.distributed.is_initialized():
+        return
+    timeout = timedelta(seconds=training.ddp_timeout)
+    try:
+        torch.distributed.init_process_group(training.ddp_backend or "gloo", timeout=timeout)
+    except (RuntimeError, ValueError) as error:
+        raise ResourceError(
+            f"distributed training: expected {os.environ['WORLD_SIZE']} processes within {training.ddp_timeout} s, got "
+            f"{str(error).strip().splitlines()[0]}; start all of them with torchrun"
+        ) from error
+
+
 def check_world(training: TrainingArguments) -> None:
     """Compare the processes that found each other with those that the launcher started.
 

@@ -79,6 +79,7 @@ class TrainingArguments(transformers.TrainingArguments):
         self.run_name = self.wandb_run_name or self.run_name
         if not torch.cuda.is_available() and not torch.backends.mps.is_available():
             self.use_cpu = True
+        distributed.begin(self)
         try:
             super().__post_init__()  # type: ignore[no-untyped-call]
         except ValueError as error:

@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def argv(folder: Path, output: str, batch: int, *more: str) -> list[str]:
     usual = f"""--llm_name_or_path {folder}/base --dataset_name {folder}/chats.jsonl --output_dir {folder}/{output}
-        --targets ground_truth --max_steps {STEPS} --model_max_length 96 --max_eval_samples 5 --logging_steps 1
+        --targets ground_truth --max_steps {STEPS} --model_max_length 96 --max_eval_samples 1 --logging_steps 1
         --save_strategy steps --save_steps {STEPS} --disable_tqdm True --seed 3 --per_device_train_batch_size {batch}"""
     return [*usual.split(), *more]
 
@@ -100,17 +100,18 @@ def test_two_processes_train_what_one_trains(folder: Path, both: dict[str, str])
             assert second[name] == pytest.approx(value, abs=1e-5, rel=1e-5), name
     drafters = [load_drafter(str(folder / name)).state_dict() for name in ("one", "two")]
     assert all(drafters[0][name].allclose(drafters[1][name], atol=1e-5) for name in drafters[0])
-    start = load_drafter(str(folder / "one")).head.weight
-    assert not start.allclose(load_drafter(str(folder / "one" / f"checkpoint-{STEPS}")).head.weight * 0)
+    assert one[-1]["loss"] < one[0]["loss"]  # there was something to learn
 
 
 def test_one_rank_speaks_and_every_evaluation_row_counts_once(both: dict[str, str]) -> None:
+    """There is one evaluation row, so the second rank has none."""
+
     def lines(text: str) -> list[str]:
         kept = ("base:", "data:", "draft vocabulary:", "drafter:", "simulated tau", "train equals serve:")
         return [line for line in text.splitlines() if line.startswith(kept)]
 
     assert lines(both["one"]) == lines(both["two"])
-    assert len(lines(both["two"])) == 7 and both["two"].count("drafter saved") == 1
+    assert len(lines(both["two"])) == 8 and both["two"].count("drafter saved") == 1
 
 
 @pytest.mark.parametrize(
