@@ -178,7 +178,7 @@ def run(trainer: DrafterTrainer, expected: ExpectedData, *, stored_states: bool)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(updates * args.num_train_epochs)
     rows = steps * args.gradient_accumulation_steps * args.train_batch_size
     trainable = sum(parameter.numel() for parameter in drafter.parameters())
-    base = sum(item.numel() * item.element_size() for item in verifier.model.state_dict().values())
+    base = sum(item.numel() * item.element_size() for item in verifier.model.parameters())
     checkpoints = _checkpoints(trainer, steps, updates)
     states = round(expected.count * expected.tokens_per_row) * verifier.hidden_size * _STATE_BYTES
     return RunEstimate(
