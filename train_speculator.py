@@ -56,7 +56,6 @@ def build_parser() -> cli.ArgumentParser:
     from transformers import HfArgumentParser
 
     from recurrent_drafting import RecurrentDraftingConfig
-    from recurrent_drafting.distillation import DistilConfig
     from recurrent_drafting.trainer import TrainingArguments
 
     class Parser(cli.ArgumentParser, HfArgumentParser):
@@ -79,7 +78,45 @@ def build_parser() -> cli.ArgumentParser:
     model.add_argument("--rnn", action=argparse.BooleanOptionalAction, default=RecurrentDraftingConfig.rnn)
     model.add_argument("--beam_width", type=int, default=RecurrentDraftingConfig.beam_width)
     model.add_argument("--beam_length", type=int, default=RecurrentDraftingConfig.beam_length)
-    objective = parser.add_argument_group("objective").add_mutually_exclusive_group()
+    source = parser.add_argument_group("data")
+    source.add_argument(
+        "--dataset_name",
+        default="sharegpt",
+        help="sharegpt, alpaca, ultrachat, mtbench, wikitext, self (written by the base), or a local "
+        ".json/.jsonl/.parquet/.txt file",
+    )
+    source.add_argument("--dataset_split", help="split of a hub data set (default: its usual one)")
+    source.add_argument("--model_max_length", type=int, default=512, help="tokens; longer rows are cut")
+    source.add_argument("--max_train_samples", type=int)
+    source.add_argument("--max_eval_samples", type=int, default=64)
+    source.add_argument("--train_on_assistant_only", action=argparse.BooleanOptionalAction, default=True)
+    source.add_argument("--hidden_state_cache", metavar="DIR", help="store the base's states once, reuse them")
+    source.add_argument("--rebuild_cache", action="store_true", help="compute damaged shards of that cache anew")
+    source.add_argument("--skip_bad_rows", action="store_true", help="leave malformed rows out and count them")
+    add_targets(parser)
+    return parser
+
+
+def add_targets(parser: cli.ArgumentParser) -> None:
+    """Describe what is predicted and by what it is judged."""
+    from recurrent_drafting.distillation import DistilConfig
+    from recurrent_drafting.trainer import TrainingArguments
+
+    group = parser.add_argument_group("targets and objective")
+    targets = group.add_mutually_exclusive_group()
+    targets.add_argument("--targets", choices=("ground_truth", "regenerated", "distilled"), default="regenerated")
+    targets.add_argument(
+        "--use_distilled_dataset",
+        action="store_const",
+        dest="targets",
+        const="distilled",
+        default=argparse.SUPPRESS,
+        help="the same as --targets distilled",
+    )
+    group.add_argument("--distill_num_future_tokens", type=int, default=DistilConfig.num_future_tokens)
+    group.add_argument("--distill_temperature", type=float, default=DistilConfig.temperature, help="0 is greedy")
+    group.add_argument("--distill_max_examples", type=int, help="training rows that are distilled; others are left out")
+    objective = group.add_mutually_exclusive_group()
     objective.add_argument(
         "--objective",
         default=TrainingArguments.objective,
@@ -93,37 +130,6 @@ def build_parser() -> cli.ArgumentParser:
         default=argparse.SUPPRESS,
         help="the same as --objective kl; see --kd_temperature and --kd_alpha",
     )
-    source = parser.add_argument_group("data")
-    source.add_argument(
-        "--dataset_name",
-        default="sharegpt",
-        help="sharegpt, alpaca, ultrachat, mtbench, wikitext, self (written by the base), or a local "
-        ".json/.jsonl/.parquet/.txt file",
-    )
-    source.add_argument("--dataset_split", help="split of a hub data set (default: its usual one)")
-    targets = source.add_mutually_exclusive_group()
-    targets.add_argument("--targets", choices=("ground_truth", "regenerated", "distilled"), default="regenerated")
-    targets.add_argument(
-        "--use_distilled_dataset",
-        action="store_const",
-        dest="targets",
-        const="distilled",
-        default=argparse.SUPPRESS,
-        help="the same as --targets distilled",
-    )
-    source.add_argument("--distill_num_future_tokens", type=int, default=DistilConfig.num_future_tokens)
-    source.add_argument("--distill_temperature", type=float, default=DistilConfig.temperature, help="0 is greedy")
-    source.add_argument(
-        "--distill_max_examples", type=int, help="training rows that are distilled; others are left out"
-    )
-    source.add_argument("--model_max_length", type=int, default=512, help="tokens; longer rows are cut")
-    source.add_argument("--max_train_samples", type=int)
-    source.add_argument("--max_eval_samples", type=int, default=64)
-    source.add_argument("--train_on_assistant_only", action=argparse.BooleanOptionalAction, default=True)
-    source.add_argument("--hidden_state_cache", metavar="DIR", help="store the base's states once, reuse them")
-    source.add_argument("--rebuild_cache", action="store_true", help="compute damaged shards of that cache anew")
-    source.add_argument("--skip_bad_rows", action="store_true", help="leave malformed rows out and count them")
-    return parser
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, TrainingArguments]:
