@@ -556,7 +556,7 @@ def distil(rows: Sequence[EncodedRow], verifier: Verifier, config: DistilConfig)
         DataError: a row is longer than the context window.
     """
     distilled = []
-    for request, row in enumerate(tqdm(rows, desc="distilled targets", unit="row")):
+    for request, row in enumerate(tqdm(rows, desc="distilled targets", unit="row", disable=len(rows) < 2)):
         positions = data.supervised(torch.tensor(row.loss_mask)).nonzero().flatten()
         continuations = _Branches(row.input_ids, request, verifier, config).continue_from((positions + 2).tolist())
         distilled.append(replace(row, continuations=_padded(continuations, config.num_future_tokens)))
