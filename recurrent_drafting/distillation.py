@@ -601,30 +601,26 @@ class _Branches:
         """
         if not cuts:
             return []
-        reached = self._reached(cuts)
-        capacity = len(self._text) + (self._config.num_future_tokens - 1) * min(self._chunk, len(reached))
-        cache = self._verifier.new_cache(1, capacity)
+        count, stop = self._config.num_future_tokens, len(self._text) + 1
+        reached = sorted({later for cut in cuts for later in range(cut, min(cut + count, stop))})
+        cache = self._verifier.new_cache(1, len(self._text) + (count - 1) * min(self._chunk, len(reached)))
         hidden = self._verifier.read([self._text], cache)[0]
         first = self._first_tokens(reached, hidden)
-        leaving = [cut for cut in reached if first[cut] not in self._eos and not self._follows_text(cut, first[cut])]
-        found = self._grow(leaving, first, cache)
+        leaving = {place for cut in cuts if (place := self._leaving(cut, first)) is not None}
+        found = self._grow(sorted(leaving), first, cache)
         for cut in reversed(reached):
             if cut not in found:
                 found[cut] = self._ended(cut, [first[cut], *found.get(cut + 1, [])])
         return [found[cut] for cut in cuts]
 
-    def _follows_text(self, cut: int, token: int) -> bool:
-        return self._text[cut : cut + 1] == [token]
-
-    def _reached(self, cuts: Sequence[int]) -> list[int]:
-        """Add the cuts at which a continuation that follows the text for a while may leave it."""
-        reached = set()
-        for cut in cuts:
-            for later in range(cut, min(cut + self._config.num_future_tokens, len(self._text) + 1)):
-                reached.add(later)
-                if later < len(self._text) and self._text[later] in self._eos:
-                    break
-        return sorted(reached)
+    def _leaving(self, cut: int, first: dict[int, int]) -> int | None:
+        """Return the cut at which a continuation leaves the text, None where it ends before."""
+        for later in range(cut, min(cut + self._config.num_future_tokens, len(self._text) + 1)):
+            if first[later] in self._eos:
+                return None
+            if self._text[later : later + 1] != [first[later]]:
+                return later
+        return None
 
     def _ended(self, cut: int, tokens: Sequence[int]) -> list[int]:
         """Cut new tokens behind EOS, at their number and at the context window, as ``generate`` does."""

@@ -178,8 +178,11 @@ def test_cost_is_a_forward_of_the_text_and_one_per_token_of_a_chunk(monkeypatch:
         [row] = distillation.distil([EncodedRow(text, [False] * 10 + [True] * 50)], verifier, DistilConfig(5))
     assert row.continuations is not None and len(row.continuations) == 49
     assert seen[0] == (60, 60)
-    # Random text is hardly ever what the verifier says: four chunks of at most 16 branches, 4 tokens each.
-    assert len(seen) == 1 + 4 * 4
+    # Random text is hardly ever what the verifier says: almost every position is a branch of its own.
+    firsts = row.continuations[:, 0].tolist()
+    branches = sum(first not in (EOS, text[11 + index]) for index, first in enumerate(firsts))
+    assert 40 < branches < 49
+    assert len(seen) == 1 + 4 * -(-branches // 16)
     assert max(queries for queries, _ in seen[1:]) == 16
     # A branch's entries are kept no longer than its chunk.
     assert max(keys for _, keys in seen) == 60 + 4 * 16
@@ -204,6 +207,24 @@ def test_the_verifiers_own_text_costs_hardly_more_than_its_forward() -> None:
     assert found == expected(verifier, [row], DistilConfig(5))
     # The text's end is the only place where branches leave it.
     assert seen == [(56, 56), (1, 57), (1, 58), (1, 59), (1, 60)]
+
+
+@pytest.mark.parametrize("next_turn", [0, 4])
+def test_nothing_grows_behind_an_eos(next_turn: int) -> None:
+    """The verifier ends the reply; where the text ends it as well or goes on, no branch is needed."""
+    verifier = make_verifier("llama")
+    with torch.no_grad():
+        verifier.model.get_output_embeddings().weight[EOS] *= 1.5
+    prompt = random_tokens(random.Random(0), 6)
+    reply = own_text(verifier, prompt, 100)
+    assert reply[-1] == EOS and len(reply) > 3
+    for last in (EOS, 9):
+        text = [*prompt, *reply[:-1], last, *[5] * next_turn]
+        mask = [False] * 6 + [True] * len(reply) + [False] * next_turn
+        with forwards(verifier) as seen:
+            found = unpadded(distillation.distil([EncodedRow(text, mask)], verifier, DistilConfig(5)))
+        assert found == expected(verifier, [EncodedRow(text, mask)], DistilConfig(5))
+        assert seen == [(len(text), len(text))]
 
 
 # Training
@@ -234,6 +255,7 @@ def test_text_that_is_the_verifiers_own_gives_the_same_supervision_either_way() 
         rows.append(EncodedRow(prompt + reply, [False] * len(prompt) + [True] * len(reply)))
     inputs = Collator()(distillation.distil(rows, verifier, DistilConfig(5)))
     assert inputs["continuations"].shape == (3, 16, 5)
+    assert (inputs["continuations"][0, 14:] == -1).all()  # behind the first row's own positions
     text = Supervision.from_batch(inputs["input_ids"], inputs["loss_mask"], 4)
     branch = Supervision.from_continuations(inputs["input_ids"], inputs["loss_mask"], inputs["continuations"], 4)
     assert (branch.rows.equal(text.rows), branch.positions.equal(text.positions)) == (True, True)
