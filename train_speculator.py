@@ -155,7 +155,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Tra
     if args.targets == "distilled" and training.kl_share:
         raise UsageError(
             f"--targets distilled with --objective {args.objective}: KL needs the verifier's distribution along the "
-            "text, continuations have tokens alone; use --objective ce"
+            "text, continuations have tokens alone; use --objective ce or --kd_alpha 0"
         )
     if training.report_to and not training.use_wandb and "--report_to" not in argv:
         training.report_to = []

@@ -200,7 +200,7 @@ def build_parser() -> cli.ArgumentParser:
     parser.add_argument("--base_model", default=DEFAULT_BASE)
     parser.add_argument("--data", type=Path, default=PACKAGED, help="packed self-written rows")
     parser.add_argument("--dtype", default="fp32")
-    parser.add_argument("--rows", type=int, default=12)
+    parser.add_argument("--rows", type=int, default=24)
     parser.add_argument("--positions", type=int, default=16, help="per row, at which generate runs; 0 is all")
     parser.add_argument("--rounds", type=int, default=3, help="times that a whole row is distilled")
     parser.add_argument("--num_future_tokens", type=int, default=DistilConfig.num_future_tokens)

@@ -354,7 +354,7 @@ class DrafterTrainer(transformers.Trainer):
         if batch.distilled:
             raise UsageError(
                 f"objective {self.args.objective} with distilled targets: KL needs the verifier's distribution along "
-                "the text, continuations have tokens alone; use --objective ce"
+                "the text, continuations have tokens alone; use --objective ce or --kd_alpha 0"
             )
         # The target of depth k is the verifier's distribution at position t + k.
         flat = batch.rows.unsqueeze(1) * hidden.shape[1] + batch.positions.unsqueeze(1) + depths + 1
