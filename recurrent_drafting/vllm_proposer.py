@@ -1,9 +1,7 @@
 """The drafter inside vLLM: one chain per request, checked by vLLM's own rejection sampler.
 
-Serve with::
-
-    RECURRENT_DRAFTING_SPECULATOR=DIR vllm serve BASE --speculative-config \\
-      '{"model": "recurrent_drafting.vllm_proposer.RecurrentDraftingProposer", "num_speculative_tokens": 3}'
+Serve with ``RECURRENT_DRAFTING_SPECULATOR=DIR vllm serve BASE --speculative-config CONFIG``, CONFIG being
+``{"model": "recurrent_drafting.vllm_proposer.RecurrentDraftingProposer", "num_speculative_tokens": 3}``.
 
 vLLM's interface for custom proposers hands over tokens, not hidden states. ``_EngineWatch`` is the only
 place that reaches around it; it is known to be right for the versions in ``KNOWN_VERSIONS``. Nothing else in
@@ -61,7 +59,7 @@ class _EngineWatch:
 
     step: _StepRecord = field(default_factory=_StepRecord)
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: Any) -> None:
         """Watch a model and the rejection sampler of this process.
 
         Raises:
@@ -192,8 +190,8 @@ class RecurrentDraftingProposer:
         found = None if step.hidden is None else len(step.hidden)
         if len(num_drafts) != len(sampled_token_ids) or found != expected:
             raise ModelError(
-                f"vLLM {vllm.__version__} showed {found} hidden rows and {len(num_drafts)} requests in a step: expected "
-                f"{expected} rows for {len(sampled_token_ids)} requests; please report it with the engine's settings"
+                f"vLLM {vllm.__version__} showed {found} hidden rows and {len(num_drafts)} requests in a step: "
+                f"expected {expected} rows for {len(sampled_token_ids)} requests; please report the engine's settings"
             )
         rows, offset = [], 0
         for drafts, tokens in zip(num_drafts, sampled_token_ids, strict=True):
@@ -206,8 +204,8 @@ class RecurrentDraftingProposer:
         for name in ("hidden_size", "vocab_size"):
             if getattr(config, name) != getattr(target, name):
                 raise ModelError(
-                    f"drafter {self._path} does not fit {self._base}: expected {name} {getattr(target, name)}, the "
-                    f"drafter has {getattr(config, name)}; use the base it was trained for ({config.verifier_name_or_path})"
+                    f"drafter {self._path} does not fit {self._base}: expected {name} {getattr(target, name)}, "
+                    f"got {getattr(config, name)}; use the base it was trained for ({config.verifier_name_or_path})"
                 )
         found = assets.asset_fingerprint(Path(self._base)) if Path(self._base).is_dir() else None
         if None not in (found, config.verifier_fingerprint) and found != config.verifier_fingerprint:

@@ -42,6 +42,7 @@ ORDER = (
     "__init__",
     "evaluation",
     "chat",
+    "vllm_proposer",
 )
 
 # Everything a process shares that an import could disturb, before and after importing the package.
