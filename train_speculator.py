@@ -12,10 +12,12 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,8 +38,9 @@ if TYPE_CHECKING:
 QUICK = {
     "llm_name_or_path": DEFAULT_BASE,
     "dataset_name": "self",
-    "max_train_samples": 480,
-    "max_steps": 260,
+    "max_train_samples": 640,
+    "max_steps": 400,
+    "drafter_predict_n_tokens": 3,
     "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 16,
     "max_eval_samples": 16,
@@ -92,7 +95,6 @@ def build_parser() -> cli.ArgumentParser:
         ".json/.jsonl/.parquet/.txt file",
     )
     source.add_argument("--dataset_split", help="split of a hub data set (default: its usual one)")
-    source.add_argument("--targets", choices=("ground_truth", "regenerated"), default="regenerated")
     source.add_argument("--model_max_length", type=int, default=512, help="tokens; longer rows are cut")
     source.add_argument("--max_train_samples", type=int)
     source.add_argument("--max_eval_samples", type=int, default=64)
@@ -100,7 +102,43 @@ def build_parser() -> cli.ArgumentParser:
     source.add_argument("--hidden_state_cache", metavar="DIR", help="store the base's states once, reuse them")
     source.add_argument("--rebuild_cache", action="store_true", help="compute damaged shards of that cache anew")
     source.add_argument("--skip_bad_rows", action="store_true", help="leave malformed rows out and count them")
+    add_targets(parser)
     return parser
+
+
+def add_targets(parser: cli.ArgumentParser) -> None:
+    """Describe what is predicted and by what it is judged."""
+    from recurrent_drafting.distillation import DistilConfig
+    from recurrent_drafting.trainer import TrainingArguments
+
+    group = parser.add_argument_group("targets and objective")
+    targets = group.add_mutually_exclusive_group()
+    targets.add_argument("--targets", choices=("ground_truth", "regenerated", "distilled"), default="regenerated")
+    targets.add_argument(
+        "--use_distilled_dataset",
+        action="store_const",
+        dest="targets",
+        const="distilled",
+        default=argparse.SUPPRESS,
+        help="the same as --targets distilled",
+    )
+    group.add_argument("--distill_num_future_tokens", type=int, default=DistilConfig.num_future_tokens)
+    group.add_argument("--distill_temperature", type=float, default=DistilConfig.temperature, help="0 is greedy")
+    group.add_argument("--distill_max_examples", type=int, help="training rows that are distilled; others are left out")
+    objective = group.add_mutually_exclusive_group()
+    objective.add_argument(
+        "--objective",
+        default=TrainingArguments.objective,
+        help="ce, kl or expected_length; distilled targets are tokens alone, so their default is ce",
+    )
+    objective.add_argument(
+        "--use_knowledge_distillation",
+        action="store_const",
+        dest="objective",
+        const="kl",
+        default=argparse.SUPPRESS,
+        help="the same as --objective kl; see --kd_temperature and --kd_alpha",
+    )
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, TrainingArguments]:
@@ -114,12 +152,20 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Tra
     if "--quick" in argv:
         parser.set_defaults(**QUICK, bf16=_bf16_pays(argv))
     args = parser.parse_args(argv)
+    if args.targets == "distilled":
+        parser.set_defaults(objective="ce")
+        args = parser.parse_args(argv)
     check_arguments(args)
     args.output_dir = args.output_dir or _default_output_dir(args)
     if args.warmup_ratio is not None:
         args.warmup_steps = args.warmup_ratio
     names = {item.name for item in fields(TrainingArguments) if item.init} - {"debug"}
     training = TrainingArguments(**{name: value for name, value in vars(args).items() if name in names})
+    if args.targets == "distilled" and training.kl_share:
+        raise UsageError(
+            f"--targets distilled with --objective {args.objective}: KL needs the verifier's distribution along the "
+            "text, continuations have tokens alone; use --objective ce or --kd_alpha 0"
+        )
     if training.report_to and not training.use_wandb and "--report_to" not in argv:
         training.report_to = []
     return args, training
@@ -132,10 +178,18 @@ def check_arguments(args: argparse.Namespace) -> None:
         UsageError: with the range or the choices.
     """
     least = {"model_max_length": 3, "max_train_samples": 1, "max_eval_samples": 1, "serve_check_prompts": 0}
+    least.update(distill_num_future_tokens=1, distill_max_examples=1)
     for name, minimum in least.items():
         value = getattr(args, name)
         if value is not None and value < minimum:
             raise UsageError(f"--{name} must be >= {minimum}, got {value}")
+    if not 0 <= args.distill_temperature < math.inf:
+        raise UsageError(f"--distill_temperature must be >= 0 and finite, got {args.distill_temperature}")
+    if args.targets == "distilled" and args.distill_num_future_tokens < args.drafter_predict_n_tokens:
+        raise UsageError(
+            f"--distill_num_future_tokens must be >= --drafter_predict_n_tokens ({args.drafter_predict_n_tokens}), "
+            f"got {args.distill_num_future_tokens}"
+        )
     if args.phase == "eval" and not args.drafter_name_or_path:
         raise UsageError("--phase eval measures a drafter: name it with --drafter_name_or_path")
 
@@ -221,7 +275,26 @@ def load_data(
         f"{len(evaluation)} evaluation rows, {cut} cut at {args.model_max_length} tokens, "
         f"{made - len(rows)} left out without a reply token before that"
     )
+    if args.targets == "distilled":
+        if args.phase == "train":
+            training = distilled(args, verifier, training, args.distill_max_examples)
+        evaluation = distilled(args, verifier, evaluation, None)
     return training, evaluation
+
+
+def distilled(args: argparse.Namespace, verifier: Verifier, rows: TokenDataset, limit: int | None) -> TokenDataset:
+    """Give the first ``limit`` rows the base's own continuations at every position; leave the others out."""
+    from recurrent_drafting import data, distillation
+
+    config = distillation.DistilConfig(args.distill_num_future_tokens, args.distill_temperature, args.seed)
+    start = time.perf_counter()
+    found = data.TokenDataset(distillation.distil(rows.rows[:limit], verifier, config))
+    positions = sum(len(row.continuations) for row in found.rows if row.continuations is not None)
+    print(
+        f"distilled targets: {len(found)} rows, {positions} positions of {config.num_future_tokens} tokens, "
+        f"{time.perf_counter() - start:.1f} s"
+    )
+    return found
 
 
 def require_consent(

@@ -66,6 +66,8 @@ class EncodedRow:
         cut: the conversation was longer than the row.
         greedy: the verifier wrote the reply at temperature 0; None where it is not its own text.
         hidden: the verifier's hidden states where they are stored, ``[T, H]``.
+        continuations: distilled targets, int64 ``[P, n]``: what the verifier says after the root of each
+            of the P positions that ``supervised`` names; -1 behind the end of a continuation.
     """
 
     input_ids: list[int]
@@ -73,6 +75,19 @@ class EncodedRow:
     cut: bool = False
     greedy: bool | None = None
     hidden: Tensor | None = None
+    continuations: Tensor | None = None
+
+
+def supervised(loss_mask: Tensor) -> Tensor:
+    """Tell which positions t are supervised: those whose root t + 1 and first target t + 2 belong to a reply.
+
+    Args:
+        loss_mask: bool ``[..., T]``.
+
+    Returns:
+        bool ``[..., T - 2]``.
+    """
+    return loss_mask[..., 1:-1] & loss_mask[..., 2:]
 
 
 @dataclass
@@ -129,7 +144,8 @@ class Collator:
     def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
         """Return ``input_ids`` int64, ``attention_mask`` and ``loss_mask`` bool, each ``[B, T]``.
 
-        Where the rows bring hidden states, ``hidden`` ``[B, T, H]`` as well.
+        Where the rows bring hidden states, ``hidden`` ``[B, T, H]`` as well; where they bring distilled
+        targets, ``continuations`` int64 ``[B, P, n]``, -1 behind a row's own P.
         """
         shape = (len(rows), max(len(row.input_ids) for row in rows))
         batch = {
@@ -145,6 +161,9 @@ class Collator:
         states = [row.hidden for row in rows if row.hidden is not None]
         if states:
             batch["hidden"] = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
+        branches = [row.continuations for row in rows if row.continuations is not None]
+        if branches:
+            batch["continuations"] = torch.nn.utils.rnn.pad_sequence(branches, batch_first=True, padding_value=-1)
         return batch
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler, Subset
 from transformers.integrations.integration_utils import WandbCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from recurrent_drafting import beam_search, distributed, losses, tracking
+from recurrent_drafting import beam_search, data, distributed, losses, tracking
 from recurrent_drafting.config import BeamConfig
 from recurrent_drafting.data import TokenDataset
 from recurrent_drafting.draft_tree import DraftTree
@@ -27,7 +27,7 @@ from recurrent_drafting.errors import DataError, NumericsError, UsageError
 from recurrent_drafting.metrics import DecodingStats, MeanMetrics
 from recurrent_drafting.verifier import Verifier
 
-OBJECTIVES = ("ce", "kl")
+OBJECTIVES = ("ce", "kl", "expected_length")
 AUTO_DRAFT_VOCABULARY = 8192
 Counters = TypeVar("Counters", DecodingStats, MeanMetrics)
 
@@ -40,8 +40,11 @@ class TrainingArguments(transformers.TrainingArguments):
         drafter_predict_n_tokens: depths K that are trained.
         drafter_num_layers: residual blocks of a drafter that is made new.
         drafter_top_k: accuracies are reported for top-1 and top-k.
-        objective: "kl" (the verifier's distribution) or "ce" (the text's own tokens).
-        kd_alpha: share of KL when the objective is kl; cross-entropy has the rest.
+        objective: "kl" (the verifier's distribution), "ce" (the text's own tokens) or "expected_length"
+            (of the chain along the text that is accepted).
+        expected_length_share: share of the expected length when that is the objective; KL and
+            cross-entropy have the rest. It has no depth weights.
+        kd_alpha: share of KL beside cross-entropy, unless the objective is ce.
         kd_temperature: divisor of the verifier's logits in the KL target.
         depth_decay: weight of depth k is ``depth_decay ** (k - 1)``.
         use_wandb: report to Weights & Biases.
@@ -62,6 +65,7 @@ class TrainingArguments(transformers.TrainingArguments):
     drafter_num_layers: int = field(default=2)
     drafter_top_k: int = field(default=5)
     objective: str = field(default="kl")
+    expected_length_share: float = field(default=1.0)
     kd_alpha: float = field(default=1.0)
     kd_temperature: float = field(default=1.0)
     depth_decay: float = field(default=0.9)
@@ -87,10 +91,7 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def _check(self) -> None:
         """Refuse what the base class lets pass until it fails in the middle of a run."""
-        if self.objective not in OBJECTIVES:
-            raise UsageError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
-        if not 0 <= self.kd_alpha <= 1:
-            raise UsageError(f"kd_alpha must be in [0, 1], got {self.kd_alpha}")
+        self._check_objective()
         for name in ("kd_temperature", "depth_decay", "drafter_predict_n_tokens", "drafter_top_k"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"{name} must be > 0 and finite, got {getattr(self, name)}")
@@ -101,13 +102,31 @@ class TrainingArguments(transformers.TrainingArguments):
             if getattr(self, name) < minimum:
                 raise UsageError(f"{name} must be >= {minimum}, got {getattr(self, name)}")
 
+    def _check_objective(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise UsageError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
+        for name in ("kd_alpha", "expected_length_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+
+    @property
+    def length_share(self) -> float:
+        """Return the share of the expected accepted length in the loss."""
+        return self.expected_length_share if self.objective == "expected_length" else 0.0
+
+    @property
+    def kl_share(self) -> float:
+        """Return the share of KL in what the expected length leaves; 0 where it leaves nothing."""
+        return 0.0 if self.objective == "ce" or self.length_share == 1 else self.kd_alpha
+
 
 @dataclass(frozen=True)
 class Supervision:
     """The supervised positions of a batch, flattened to P positions of K depths.
 
     Position t has hidden state h_t and known root x_{t+1}; depth k predicts x_{t+1+k} from them and
-    x_{t+2} .. x_{t+k}. It is supervised where root and first target belong to a reply.
+    x_{t+2} .. x_{t+k}. It is supervised where root and first target belong to a reply. With distilled
+    targets the tokens after the root are those of the position's own continuation.
 
     Args:
         rows: batch row of each position, int64 ``[P]``.
@@ -115,6 +134,7 @@ class Supervision:
         known: tokens x_{t+1} .. x_{t+K}, int64 ``[P, K]``.
         targets: tokens x_{t+2} .. x_{t+1+K}, int64 ``[P, K]``.
         valid: depths whose target belongs to the reply, bool ``[P, K]``.
+        distilled: the tokens after the root are a continuation's, not the text's.
     """
 
     rows: Tensor
@@ -122,12 +142,12 @@ class Supervision:
     known: Tensor
     targets: Tensor
     valid: Tensor
+    distilled: bool = False
 
     @classmethod
     def from_batch(cls, input_ids: Tensor, loss_mask: Tensor, depths: int) -> Supervision:
         """Collect the supervised positions of ``input_ids`` and ``loss_mask``, both ``[B, T]``."""
-        supervised = loss_mask[:, 1:-1] & loss_mask[:, 2:]
-        rows, positions = supervised.nonzero(as_tuple=True)
+        rows, positions = data.supervised(loss_mask).nonzero(as_tuple=True)
         offsets = positions.unsqueeze(1) + torch.arange(1, depths + 2, device=input_ids.device)
         inside = offsets < input_ids.shape[1]
         offsets = offsets.clamp(max=input_ids.shape[1] - 1)
@@ -136,6 +156,29 @@ class Supervision:
         # A reply that ends takes the deeper targets with it, even if another turn follows.
         valid = real[:, 1:].cumprod(dim=1).bool()
         return cls(rows, positions, window[:, :-1], window[:, 1:], valid)
+
+    @classmethod
+    def from_continuations(
+        cls, input_ids: Tensor, loss_mask: Tensor, continuations: Tensor, depths: int
+    ) -> Supervision:
+        """Collect the same positions with distilled targets, ``continuations`` ``[B, P, n]``.
+
+        Raises:
+            UsageError: the continuations are shorter than the depths.
+        """
+        if continuations.shape[2] < depths:
+            raise UsageError(
+                f"distilled targets hold {continuations.shape[2]} future tokens and {depths} depths are trained: "
+                "raise --distill_num_future_tokens or lower --drafter_predict_n_tokens"
+            )
+        supervised = data.supervised(loss_mask)
+        rows, positions = supervised.nonzero(as_tuple=True)
+        places = torch.arange(continuations.shape[1], device=continuations.device)
+        targets = continuations[places < supervised.sum(dim=1, keepdim=True)][:, :depths]
+        root = input_ids[rows, positions + 1].unsqueeze(1)
+        valid = targets >= 0
+        targets = targets.clamp(min=0)
+        return cls(rows, positions, torch.cat([root, targets[:, :-1]], dim=1), targets, valid, distilled=True)
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -289,7 +332,10 @@ class DrafterTrainer(transformers.Trainer):
         return BeamConfig(width=config.beam_width, length=config.beam_length)
 
     def _supervise(self, inputs: dict[str, Tensor]) -> Supervision:
-        return Supervision.from_batch(inputs["input_ids"], inputs["loss_mask"], self.args.drafter_predict_n_tokens)
+        ids, mask, depths = inputs["input_ids"], inputs["loss_mask"], self.args.drafter_predict_n_tokens
+        if "continuations" in inputs:
+            return Supervision.from_continuations(ids, mask, inputs["continuations"], depths)
+        return Supervision.from_batch(ids, mask, depths)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """Count supervised (position, depth) pairs; the base class counts ``labels``, which we have not."""
@@ -316,7 +362,9 @@ class DrafterTrainer(transformers.Trainer):
         depth_weights = self.args.depth_decay ** torch.arange(batch.valid.shape[1], device=features.device)
         row_weights = (batch.valid * depth_weights)[batch.valid]
         targets = self._targets(batch, hidden)
-        return losses.head_loss(features[batch.valid], self.drafter.head.weight, targets, row_weights)
+        # The base class autocasts the model's forward only, and the head's product is most of the work.
+        with self.accelerator.autocast():
+            return losses.head_loss(features[batch.valid], self.drafter.head.weight, targets, row_weights)
 
     def _hidden_states(self, inputs: dict[str, Tensor]) -> Tensor:
         """Take stored states where the rows bring them, else run the verifier, ``[B, T, H]``."""
@@ -327,21 +375,36 @@ class DrafterTrainer(transformers.Trainer):
     def _targets(self, batch: Supervision, hidden: Tensor) -> losses.HeadTargets:
         """Collect hard targets, and the verifier's distribution once per position of the text."""
         ids = _inverse(self.drafter.draft_token_ids, self.drafter.config.vocab_size)[batch.targets[batch.valid]]
-        kl_share = self.args.kd_alpha if self.args.objective == "kl" else 0.0
-        if not kl_share:
-            return losses.HeadTargets(ids=ids, table=None, index=ids, kl_share=0.0)
-        depths = torch.arange(1, batch.valid.shape[1] + 1, device=ids.device)
+        depths = torch.arange(batch.valid.shape[1], device=ids.device)
+        targets = losses.HeadTargets(
+            ids=ids,
+            table=None,
+            index=ids,
+            kl_share=0.0,
+            depths=depths.expand_as(batch.valid)[batch.valid],
+            length_share=self.args.length_share,
+        )
+        if not self.args.kl_share:
+            return targets
+        if batch.distilled:
+            raise UsageError(
+                f"objective {self.args.objective} with distilled targets: KL needs the verifier's distribution along "
+                "the text, continuations have tokens alone; use --objective ce or --kd_alpha 0"
+            )
         # The target of depth k is the verifier's distribution at position t + k.
-        flat = batch.rows.unsqueeze(1) * hidden.shape[1] + batch.positions.unsqueeze(1) + depths
+        flat = batch.rows.unsqueeze(1) * hidden.shape[1] + batch.positions.unsqueeze(1) + depths + 1
         unique, index = flat[batch.valid].unique(return_inverse=True)
+        # Rows that no target points to; see losses.ROW_MULTIPLE.
+        unique = nn.functional.pad(unique, (0, -len(unique) % losses.ROW_MULTIPLE))
         with torch.no_grad():
             logits = self.verifier.head(hidden.flatten(0, 1)[unique], self.drafter.draft_token_ids)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             table = (logits / self.args.kd_temperature).softmax(dim=-1)
-        return losses.HeadTargets(ids=ids, table=table, index=index, kl_share=kl_share)
+        return replace(targets, table=table, index=index, kl_share=self.args.kl_share)
 
     def _record(self, batch: Supervision, result: losses.HeadLoss) -> None:
-        """Add per-depth losses and teacher-forced accuracies to the running means."""
+        """Add the expected length, per-depth losses and teacher-forced accuracies to the running means."""
+        self._means.add("expected_length", float(result.paths.sum()), int(batch.valid[:, 0].sum()))
         depth = torch.arange(1, batch.valid.shape[1] + 1, device=batch.valid.device).expand_as(batch.valid)[batch.valid]
         for k in range(1, batch.valid.shape[1] + 1):
             here = depth == k

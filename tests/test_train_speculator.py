@@ -84,6 +84,28 @@ def test_a_drafter_comes_out_that_fits_its_base(
     assert sorted(path.name for path in Path("out").glob("*.safetensors")) == ["model.safetensors"]
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--use_distilled_dataset", "--distill_max_examples", "5"],
+        ["--targets", "distilled", "--distill_temperature", "0.7", "--objective", "expected_length"],
+        [*GIVEN, "--objective", "expected_length", "--expected_length_share", "0.5", "--kd_alpha", "0.5"],
+    ],
+    ids=["distilled", "sampled", "mixed"],
+)
+def test_distilled_targets_and_the_expected_length_train_a_drafter(
+    base: str, chats: str, argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(base, chats, *argv, "--hidden_state_cache", "states") == 0
+    out = capsys.readouterr().out
+    assert "'eval_expected_length'" in out
+    load_drafter("out")
+    if "--distill_max_examples" in argv:
+        rows = re.findall(r"distilled targets: (\d+) rows, (\d+) positions of 5 tokens", out)
+        assert [int(count) for count, _ in rows] == [5, 1]
+        assert int(rows[0][1]) > 5 * 10  # "the answer is ..." is longer than 10 characters
+
+
 def test_the_same_seed_gives_the_same_drafter_and_another_does_not(base: str, chats: str) -> None:
     drafters = []
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
@@ -238,6 +260,11 @@ def test_parse_errors(argv: list[str], expected: str, capsys: pytest.CaptureFixt
         (["--model_max_length", "0"], "model_max_length"),
         (["--max_train_samples", "-1"], "max_train_samples"),
         (["--max_eval_samples", "-1"], "max_eval_samples"),
+        (["--expected_length_share", "1.5"], "expected_length_share must be in [0, 1]"),
+        (["--distill_temperature", "-1"], "--distill_temperature must be >= 0 and finite, got -1.0"),
+        (["--distill_temperature", "inf"], "--distill_temperature must be >= 0 and finite, got inf"),
+        (["--distill_max_examples", "0"], "--distill_max_examples must be >= 1"),
+        (["--distill_num_future_tokens", "0"], "--distill_num_future_tokens must be >= 1"),
         (["--dataset_name", "sharegtp"], "did you mean sharegpt?"),
         (["--bf16", "--fp16"], "fp16"),
         (["--per_device_train_batch_size", "0"], "batch"),
@@ -252,6 +279,44 @@ def test_usage_errors(
 ) -> None:
     assert run(base, chats, *GIVEN, *argv) == 2
     assert expected in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--distill_num_future_tokens", "3"], "must be >= --drafter_predict_n_tokens (4), got 3"),
+        (["--objective", "kl"], "use --objective ce"),
+        (["--use_knowledge_distillation"], "use --objective ce"),
+        (["--objective", "expected_length", "--expected_length_share", "0.5"], "use --objective ce"),
+    ],
+)
+def test_usage_errors_of_distilled_targets(
+    base: str, chats: str, argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(base, chats, "--targets", "distilled", *argv) == 2
+    assert expected in error_line(capsys)
+
+
+def test_accepted_spellings_of_targets_and_objective(capsys: pytest.CaptureFixture[str]) -> None:
+    args, training = train_speculator.parse_arguments(["--use_distilled_dataset"])
+    assert (args.targets, training.objective) == ("distilled", "ce")
+    args, training = train_speculator.parse_arguments(["--targets=distilled", "--objective", "expected_length"])
+    assert (args.targets, training.objective) == ("distilled", "expected_length")
+    argv = ["--use_knowledge_distillation", "--kd_temperature", "2", "--kd_alpha", "0.5"]
+    args, training = train_speculator.parse_arguments(argv)
+    assert (args.targets, training.objective, training.kd_temperature, training.kd_alpha) == (
+        "regenerated",
+        "kl",
+        2,
+        0.5,
+    )
+    for pair in (
+        ["--targets", "ground_truth", "--use_distilled_dataset"],
+        ["--objective", "ce", "--use_knowledge_distillation"],
+    ):
+        with pytest.raises(SystemExit) as leave:
+            train_speculator.parse_arguments(pair)
+        assert leave.value.code == 2 and "not allowed with argument" in capsys.readouterr().err
 
 
 def test_wandb_that_is_missing_is_a_usage_error(

@@ -140,14 +140,16 @@ def brute_figures(
     ids = drafter.draft_token_ids.tolist()
     losses: list[list[float]] = [[] for _ in range(K)]
     ranks: list[list[int]] = [[] for _ in range(K)]
-    share = args.kd_alpha if args.objective == "kl" else 0.0
+    share = args.kd_alpha if args.objective != "ce" else 0.0
+    length_share = args.expected_length_share if args.objective == "expected_length" else 0.0
+    paths: list[list[float]] = [[] for _ in range(K)]
     with torch.no_grad():
         for item in rows:
             output = verifier.model(torch.tensor([item.input_ids]), output_hidden_states=True)
             hidden, logits = output.hidden_states[-1][0], output.logits[0]
             positions = brute_supervision([item.input_ids], [item.loss_mask], K)
             for (_, t), (known, targets) in positions.items():
-                state = torch.zeros(verifier.hidden_size, dtype=torch.float64)
+                state, path = torch.zeros(verifier.hidden_size, dtype=torch.float64), 1.0
                 for k, (token, target) in enumerate(zip(known, targets, strict=False), start=1):
                     state = drafter.advance(state, verifier.model.get_input_embeddings().weight[token])
                     log_q = drafter.logits(hidden[t], state).log_softmax(-1)
@@ -155,16 +157,20 @@ def brute_figures(
                     divergence = float((p * (p.log() - log_q)).sum())
                     own = ids.index(target) if target in ids else None
                     likelihood = 0.0 if own is None else -float(log_q[own])
-                    losses[k - 1].append(share * divergence + (1 - share) * likelihood)
+                    losses[k - 1].append((1 - length_share) * (share * divergence + (1 - share) * likelihood))
+                    path *= 0.0 if own is None else float(log_q[own].exp())
+                    paths[k - 1].append(path)
                     above = len(ids) if own is None else int((log_q > log_q[own]).sum())
                     ranks[k - 1].append(above)
     figures = {}
     for k in range(K):
-        figures[f"loss_depth_{k + 1}"] = sum(losses[k]) / len(losses[k])
+        figures[f"loss_depth_{k + 1}"] = (sum(losses[k]) - length_share * sum(paths[k])) / len(losses[k])
         for top in (1, args.drafter_top_k):
             figures[f"top{top}_depth_{k + 1}"] = sum(rank < top for rank in ranks[k]) / len(ranks[k])
     weighted = sum(args.depth_decay**k * sum(values) for k, values in enumerate(losses))
-    figures["loss"] = weighted / sum(map(len, losses))
+    length = sum(map(sum, paths))
+    figures["loss"] = (weighted - length_share * length) / sum(map(len, losses))
+    figures["expected_length"] = length / len(paths[0])
     return figures
 
 
@@ -174,8 +180,10 @@ def brute_figures(
         {},
         {"objective": "ce", "drafter_top_k": 7},
         {"kd_alpha": 0.3, "kd_temperature": 2.0, "depth_decay": 0.5},
+        {"objective": "expected_length"},
+        {"objective": "expected_length", "expected_length_share": 0.6, "kd_alpha": 0.3},
     ],
-    ids=["kl", "ce", "mix"],
+    ids=["kl", "ce", "mix", "expected length", "all three"],
 )
 @pytest.mark.parametrize("draft_vocab_size", [None, 30])
 def test_logged_figures_are_those_of_the_definitions(
@@ -236,7 +244,23 @@ def test_training_lowers_the_loss_and_leaves_the_verifier_alone(tmp_path: Path) 
     assert trained == {id(item) for item in drafter.parameters()}
 
 
-@pytest.mark.parametrize("objective", ["kl", "ce"])
+def test_bf16_training_runs_the_heads_product_in_bf16(
+    verifier: Verifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    types = []
+    product = torch.mm
+
+    def seen(left: Tensor, right: Tensor, **options: Any) -> Tensor:
+        types.append(left.dtype)
+        return product(left, right, **options)
+
+    monkeypatch.setattr(torch, "mm", seen)
+    drafter = make_drafter(verifier).float()
+    make_trainer(drafter, verifier, arguments(tmp_path, bf16=True), uneven_rows()).train()
+    assert set(types) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("objective", ["kl", "ce", "expected_length"])
 def test_one_batch_of_eight_and_eight_of_one_give_the_same_weights(
     verifier: Verifier, tmp_path: Path, objective: str
 ) -> None:

@@ -1,0 +1,88 @@
+#!/usr/bin/env python
+"""Does the drafter gain from knowing the noise? Tau on MT-Bench, coupled drafting off and on.
+
+Texts do not depend on the drafter, so every strength decodes the same tokens in fewer or more steps.
+
+Example:
+  python benchmarks/coupling.py --speculator_path DIR --output benchmarks/results/coupling.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from recurrent_drafting import BeamConfig, SamplingConfig, Verifier, cli, data, evaluation
+from recurrent_drafting.assets import DEFAULT_BASE
+from recurrent_drafting.checkpoint import load_drafter
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Decode the prompts at every temperature and strength."""
+    verifier = Verifier.from_pretrained(args.base_model, args.dtype)
+    tokenizer = data.load_tokenizer(args.base_model)
+    drafter = load_drafter(args.speculator_path)
+    questions, _ = evaluation.load_questions("mt-bench", args.prompts, spread=True)
+    rows: list[dict[str, Any]] = []
+    for temperature in args.temperatures:
+        for strength in args.strengths if temperature else [0.0]:
+            settings = evaluation.RunSettings(
+                base_model=args.base_model,
+                speculator_path=args.speculator_path,
+                max_new_tokens=args.new_tokens,
+                batch_size=args.batch_size,
+                sampling=SamplingConfig(temperature=temperature, seed=args.seed),
+                beam=BeamConfig(max_nodes=args.max_tree_nodes, coupling=strength),
+            )
+            decoder = evaluation.speculative_decoder(verifier, drafter, settings)
+            summary = evaluation.run_speculative(decoder, tokenizer, questions, settings)["summary"]
+            names = ("tau", "acceptance_by_depth", "tokens", "prompts", "mean_tree_nodes", "phase_seconds")
+            rows.append(
+                {"temperature": temperature, "coupling": strength, **{name: summary[name] for name in names}},
+            )
+    return {
+        "command": "python benchmarks/coupling.py "
+        + " ".join(f"--{name} {_words(getattr(args, name))}" for name in _SETTINGS),
+        "base_model": args.base_model,
+        "machine": evaluation.machine(),
+        "rows": rows,
+    }
+
+
+_SETTINGS = ("dtype", "prompts", "new_tokens", "batch_size", "max_tree_nodes", "temperatures", "strengths", "seed")
+
+
+def _words(value: Any) -> str:
+    return " ".join(str(item) for item in value) if isinstance(value, list) else str(value)
+
+
+def main() -> int:
+    """Parse the command line, measure, print and write."""
+    parser = cli.ArgumentParser(description=__doc__)
+    parser.add_argument("--base_model", default=DEFAULT_BASE)
+    parser.add_argument("--speculator_path", required=True)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--prompts", type=int, default=80)
+    parser.add_argument("--new_tokens", type=int, default=64)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--max_tree_nodes", type=int, default=16)
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.3, 0.7, 1.0])
+    parser.add_argument(
+        "--strengths", type=float, nargs="+", default=[0.0, 1.0], help="0 is off; else the drafter's error temperature"
+    )
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    record = measure(args)
+    for row in record["rows"]:
+        depths = " ".join(f"{share:.2f}" for share in row["acceptance_by_depth"])
+        print(f"temperature {row['temperature']}, coupling {row['coupling']}: tau {row['tau']:.3f}, by depth {depths}")
+    if args.output:
+        evaluation.write_json(record, args.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, debug=False))

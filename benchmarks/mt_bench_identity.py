@@ -1,0 +1,114 @@
+#!/usr/bin/env python
+"""Is the drafter lossless on the real base? MT-Bench at several sampling settings, batched and one by one.
+
+A setting that the output file already holds is not run again, so an interrupted run goes on.
+
+Example:
+  python benchmarks/mt_bench_identity.py --speculator_path DIR --output benchmarks/results/mt-bench-identity.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from recurrent_drafting import SamplingConfig, Verifier, cli, data, evaluation
+from recurrent_drafting.assets import DEFAULT_BASE
+from recurrent_drafting.checkpoint import load_drafter
+
+SETTINGS = {
+    "greedy": SamplingConfig(),
+    "temperature 0.3": SamplingConfig(temperature=0.3, seed=1),
+    "temperature 0.7, top-p 0.9": SamplingConfig(temperature=0.7, top_p=0.9, seed=1),
+    "temperature 1": SamplingConfig(temperature=1.0, seed=1),
+    "temperature 1, repetition penalty 1.2": SamplingConfig(temperature=1.0, repetition_penalty=1.2, seed=1),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: a setting, and how many prompts are decoded, how many of them together."""
+
+    name: str
+    prompts: int
+    batch_size: int
+
+    @property
+    def key(self) -> str:
+        """Return what names the case in the output file."""
+        return f"{self.name}; {self.prompts} prompts, batch {self.batch_size}"
+
+
+def cases(args: argparse.Namespace) -> list[Case]:
+    """List every setting with all prompts in batches, then with a few one by one."""
+    batched = [Case(name, args.prompts, args.batch_size) for name in SETTINGS]
+    return batched + [Case(name, args.prompts_alone, 1) for name in SETTINGS]
+
+
+def run(case: Case, args: argparse.Namespace, verifier: Verifier, tokenizer: Any, drafter: Any) -> dict[str, Any]:
+    """Decode a case's prompts with both decoders and audit the texts."""
+    questions, _ = evaluation.load_questions("mt-bench", case.prompts, spread=True)
+    settings = evaluation.RunSettings(
+        base_model=args.base_model,
+        speculator_path=args.speculator_path,
+        max_new_tokens=args.new_tokens,
+        batch_size=case.batch_size,
+        sampling=SETTINGS[case.name],
+    )
+    decoder = evaluation.speculative_decoder(verifier, drafter, settings)
+    record = evaluation.compare(verifier, decoder, tokenizer, questions, settings)
+    names = ("prompts", "tokens", "seconds", "tau", "acceptance_by_depth", "mean_tree_nodes", "dtype", "batch_size")
+    verdict = {name: record["summary"][name] for name in names}
+    return {**verdict, "sampling": asdict(settings.sampling), **record["lossless"]}
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Run the cases that the output file does not hold yet; write it after each."""
+    verifier = Verifier.from_pretrained(args.base_model, args.dtype)
+    tokenizer = data.load_tokenizer(args.base_model)
+    drafter = load_drafter(args.speculator_path)
+    record: dict[str, Any] = {
+        "command": f"python benchmarks/mt_bench_identity.py --dtype {args.dtype} --prompts {args.prompts} "
+        f"--batch_size {args.batch_size} --prompts_alone {args.prompts_alone} --new_tokens {args.new_tokens}",
+        "base_model": args.base_model,
+        "machine": evaluation.machine(),
+        "cases": {},
+    }
+    if args.output and args.output.exists():
+        found = json.loads(args.output.read_text())
+        if found["command"] == record["command"]:
+            record["cases"] = found["cases"]
+    for case in cases(args):
+        if case.prompts and case.key not in record["cases"]:
+            record["cases"][case.key] = run(case, args, verifier, tokenizer, drafter)
+            if args.output:
+                evaluation.write_json(record, args.output)
+    return record
+
+
+def main() -> int:
+    """Parse the command line, run, print; fail on a structural difference."""
+    parser = cli.ArgumentParser(description=__doc__)
+    parser.add_argument("--base_model", default=DEFAULT_BASE)
+    parser.add_argument("--speculator_path", required=True)
+    parser.add_argument("--dtype", default="fp32")
+    parser.add_argument("--prompts", type=int, default=80)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--prompts_alone", type=int, default=16, help="prompts decoded one by one as well")
+    parser.add_argument("--new_tokens", type=int, default=128)
+    parser.add_argument("--output", type=Path)
+    record = measure(parser.parse_args())
+    structural = 0
+    for key, case in record["cases"].items():
+        structural += case["structural"]
+        counts = f"{case['identical']} identical, {case['near_ties']} near-ties, {case['structural']} structural"
+        print(f"{key}: {counts}; tau {case['tau']:.3f}")
+    return 6 if structural else 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, debug=False))
