@@ -57,9 +57,16 @@ def argv(folder: Path, output: str, batch: int, *more: str) -> list[str]:
     return [*usual.split(), *more]
 
 
-def launch(script: Path, arguments: Sequence[str], processes: int = 2) -> tuple[int, str, str, float]:
-    """Start the script by torchrun; return code, output, errors and seconds."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node")
+ACCELERATE = ("accelerate.commands.launch", "--cpu", "--mixed_precision", "no", "--dynamo_backend", "no",
+              "--num_machines", "1", "--num_processes")  # fmt: skip
+
+
+def launch(
+    script: Path, arguments: Sequence[str], processes: int = 2, launcher: Sequence[str] = TORCHRUN
+) -> tuple[int, str, str, float]:
+    """Start the script by a launcher; return code, output, errors and seconds."""
+    command = [sys.executable, "-m", *launcher, str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     start = time.monotonic()
     done = subprocess.run(
@@ -112,6 +119,13 @@ def test_one_rank_speaks_and_every_evaluation_row_counts_once(both: dict[str, st
 
     assert lines(both["one"]) == lines(both["two"])
     assert len(lines(both["two"])) == 8 and both["two"].count("drafter saved") == 1
+
+
+def test_accelerate_starts_one_process(folder: Path, both: dict[str, str]) -> None:
+    code, _, err, _ = launch(ROOT / "train_speculator.py", argv(folder, "accelerate", 4), 1, ACCELERATE)
+    assert code == 0, err[-3000:]
+    drafters = [load_drafter(str(folder / name)).state_dict() for name in ("one", "accelerate")]
+    assert all(drafters[0][name].allclose(drafters[1][name], atol=1e-5) for name in drafters[0])
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ import json
 import os
 import struct
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,26 @@ def chats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(save_chats(tmp_path / "chats.jsonl"))
 
 
+@dataclass
+class Runs:
+    """The offline runs of one test: a directory that all tests share, and what was in it before."""
+
+    folder: Path
+    before: set[Path]
+
+    def only(self) -> Path:
+        """Return the directory of the one run since."""
+        [path] = set(self.folder.glob("wandb/offline-run-*")) - self.before
+        return path
+
+
+@pytest.fixture
+def offline(wandb_folder: Path) -> Runs:
+    return Runs(wandb_folder, set(wandb_folder.glob("wandb/offline-run-*")))
+
+
 @pytest.fixture(scope="module")
-def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def wandb_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Let runs stay on disk; a process has one directory for them, which its first run chooses."""
     folder = tmp_path_factory.mktemp("wandb")
     with pytest.MonkeyPatch.context() as patch:
@@ -49,15 +69,20 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def records(folder: Path) -> dict[str, list[Any]]:
-    """Read the transaction log of the last offline run: its records by kind."""
-    path = max((folder / "wandb").glob("offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+def records(runs: Runs) -> dict[str, list[Any]]:
+    """Read the transaction log of the run: its records by kind."""
+    [path] = runs.only().glob("run-*.wandb")
+    deadline = time.monotonic() + 30
     found: dict[str, list[Any]] = {}
-    for data in framed(path.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        kind = record.WhichOneof("record_type")
-        found.setdefault(kind, []).append(getattr(record, kind))
+    # Its background process closes the file a moment after the run is finished.
+    while "exit" not in found and time.monotonic() < deadline:
+        found = {}
+        for data in framed(path.read_bytes()):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            kind = record.WhichOneof("record_type")
+            found.setdefault(kind, []).append(getattr(record, kind))
+        time.sleep(0.05)
     return found
 
 
@@ -91,7 +116,7 @@ def logged(found: dict[str, list[Any]]) -> dict[str, list[Any]]:
 def test_an_offline_run_holds_config_curves_and_the_evaluation_table(
     base: str,
     chats: str,
-    offline: Path,
+    offline: Runs,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
@@ -107,7 +132,7 @@ def test_an_offline_run_holds_config_curves_and_the_evaluation_table(
     curves = logged(found)
     assert len(curves["train/loss"]) == 2 and len(curves["train/loss_depth_4"]) == 2
     assert curves["eval/simulated_tau"][-1] >= 1
-    [path] = (offline / "wandb").glob(f"*-{start.run_id}/files/media/table/evaluation_*.json")
+    [path] = offline.only().glob("files/media/table/evaluation_*.json")
     table = json.loads(path.read_text())
     assert table["columns"] == ["depth", "loss", "top1", "top5", "served acceptance"]
     assert [row[0] for row in table["data"]] == [1, 2, 3, 4]
@@ -117,7 +142,7 @@ def test_an_offline_run_holds_config_curves_and_the_evaluation_table(
 
 
 @QUIET
-def test_the_documented_arguments_train(offline: Path, tmp_path: Path) -> None:
+def test_the_documented_arguments_train(offline: Runs, tmp_path: Path) -> None:
     args = TrainingArguments(
         output_dir=str(tmp_path / "out"),
         num_train_epochs=3,
@@ -141,7 +166,7 @@ def test_the_documented_arguments_train(offline: Path, tmp_path: Path) -> None:
 
 
 @QUIET
-def test_a_run_that_fails_is_closed_as_failed(base: str, chats: str, offline: Path) -> None:
+def test_a_run_that_fails_is_closed_as_failed(base: str, chats: str, offline: Runs) -> None:
     argv = ["--use_wandb", "True", "--max_steps", "30", "--learning_rate", "1e38", "--max_grad_norm", "0"]
     assert run(base, chats, *GIVEN, *argv, "--optim", "sgd") == 6
     assert wandb.run is None
@@ -149,7 +174,7 @@ def test_a_run_that_fails_is_closed_as_failed(base: str, chats: str, offline: Pa
 
 
 @QUIET
-def test_a_run_that_was_active_before_goes_on(base: str, chats: str, offline: Path) -> None:
+def test_a_run_that_was_active_before_goes_on(base: str, chats: str, offline: Runs) -> None:
     own = wandb.init(project="mine")
     try:
         assert run(base, chats, *GIVEN, "--use_wandb", "True", "--wandb_project", "other") == 0
@@ -162,7 +187,7 @@ def test_a_run_that_was_active_before_goes_on(base: str, chats: str, offline: Pa
 def test_no_login_is_a_usage_error(
     base: str,
     chats: str,
-    offline: Path,
+    offline: Runs,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -177,7 +202,7 @@ def test_no_login_is_a_usage_error(
 def test_a_service_that_does_not_answer_is_a_network_error(
     base: str,
     chats: str,
-    offline: Path,
+    offline: Runs,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
