@@ -107,7 +107,7 @@ def test_two_processes_train_what_one_trains(folder: Path, both: dict[str, str])
             assert second[name] == pytest.approx(value, abs=1e-5, rel=1e-5), name
     drafters = [load_drafter(str(folder / name)).state_dict() for name in ("one", "two")]
     assert all(drafters[0][name].allclose(drafters[1][name], atol=1e-5) for name in drafters[0])
-    assert one[-1]["loss"] < one[0]["loss"]  # there was something to learn
+    assert len({entry["loss"] for entry in one}) == STEPS  # so that equality says something of the order
 
 
 def test_one_rank_speaks_and_every_evaluation_row_counts_once(both: dict[str, str]) -> None:
@@ -122,7 +122,8 @@ def test_one_rank_speaks_and_every_evaluation_row_counts_once(both: dict[str, st
 
 
 def test_accelerate_starts_one_process(folder: Path, both: dict[str, str]) -> None:
-    code, _, err, _ = launch(ROOT / "train_speculator.py", argv(folder, "accelerate", 4), 1, ACCELERATE)
+    arguments = argv(folder, "accelerate", 4, "--hidden_state_cache", str(folder / "one-states"))
+    code, _, err, _ = launch(ROOT / "train_speculator.py", arguments, 1, ACCELERATE)
     assert code == 0, err[-3000:]
     drafters = [load_drafter(str(folder / name)).state_dict() for name in ("one", "accelerate")]
     assert all(drafters[0][name].allclose(drafters[1][name], atol=1e-5) for name in drafters[0])
