@@ -113,20 +113,22 @@ def _differences(found: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [f"{name} {value!r}, now {now.get(name)!r}" for name, value in found.items() if now.get(name) != value]
 
 
-def rotate(directory: Path, limit: int | None, best: str | None) -> None:
-    """Delete the oldest checkpoints of a run beyond a limit; the newest and the best stay.
+def rotate(saved: Path, limit: int | None, best: str | None) -> None:
+    """Delete a run's checkpoints beyond a limit, the oldest first; the one just saved and the best stay.
+
+    Checkpoints of later steps are older than the one just saved: torn ones, or another run's.
 
     Args:
-        directory: the run's output directory.
+        saved: the one just saved.
         limit: how many may stay, ``None`` for all.
         best: the best one so far.
     """
-    paths = [path for _, path in checkpoints(directory)]
-    if not limit or limit <= 0:
+    if limit is None or limit <= 0:
         return
-    kept = {path for path in paths if best is not None and path.resolve() == Path(best).resolve()} | set(paths[:1])
-    for path in paths:
-        if len(kept) < limit:
-            kept.add(path)
-        if path not in kept:
-            manifest.remove(path)
+    paths = [path for _, path in checkpoints(saved.parent)]
+    newest = paths.index(saved)
+    kept = {saved.resolve(), *([Path(best).resolve()] if best else [])}
+    protected = [path for path in paths if path.resolve() in kept]
+    others = [path for path in paths[newest:] + paths[:newest] if path not in protected]
+    for path in others[max(limit - len(protected), 0) :]:
+        manifest.remove(path)

@@ -283,12 +283,11 @@ class DrafterTrainer(transformers.Trainer):
 
     def _end_of(self, received: signal.Signals, directory: Path) -> NoReturn:
         """End a run that a signal stopped: within it, or after its last step."""
-        saved = f"the drafter is in {directory}"
+        step, saved = self.state.global_step, f"the drafter is in {directory}"
         if self._stop.stopped:
-            saved = f"saved in {directory / resume.PREFIX}{self.state.global_step}, go on with --resume_from_checkpoint"
+            saved = f"saved in {directory / resume.PREFIX}{step}, go on with --resume_from_checkpoint True"
         else:
             self.save_model()
-        step = self.state.global_step
         raise InterruptionError(f"{received.name} at step {step}, which is complete: {saved}", received)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -341,7 +340,7 @@ class DrafterTrainer(transformers.Trainer):
                 self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            resume.rotate(directory, self.args.save_total_limit, self.state.best_model_checkpoint)
+            resume.rotate(final, self.args.save_total_limit, self.state.best_model_checkpoint)
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(final))
 

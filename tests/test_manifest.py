@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,18 +56,18 @@ def test_the_manifest_says_what_is_there(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("way", [manifest.whole, manifest.files_of])
-def test_nothing_has_its_final_name_before_the_end(tmp_path: Path, way: Callable[..., object]) -> None:
+def test_nothing_has_its_final_name_before_the_end(tmp_path: Path, way: Callable[..., Any]) -> None:
     final = tmp_path / "new" / "folder"
-    with way(final, RECORD) as partial:  # type: ignore[attr-defined]
+    with way(final, RECORD) as partial:
         write(partial, a="first")
         assert not final.exists()
     assert contents(final) == {"a": "first"}
 
 
 @pytest.mark.parametrize("way", [manifest.whole, manifest.files_of])
-def test_an_error_leaves_what_was_there_and_nothing_else(folder: Path, way: Callable[..., object]) -> None:
+def test_an_error_leaves_what_was_there_and_nothing_else(folder: Path, way: Callable[..., Any]) -> None:
     before = manifest.read(folder)
-    with pytest.raises(ZeroDivisionError), way(folder, RECORD) as partial:  # type: ignore[attr-defined]
+    with pytest.raises(ZeroDivisionError), way(folder, RECORD) as partial:
         write(partial, a="other")
         raise ZeroDivisionError
     assert manifest.read(folder) == before
@@ -144,7 +144,7 @@ def test_damage_is_named(folder: Path, damage: Callable[[Path], object], named: 
         manifest.read(folder)
 
 
-def edit(folder: Path, change: Callable[[dict[str, object]], object], *, honest: bool) -> None:
+def edit(folder: Path, change: Callable[[dict[str, Any]], object], *, honest: bool) -> None:
     """Change the manifest; an honest one has the digest of what it says."""
     path = folder / MANIFEST
     record = json.loads(path.read_text())
@@ -166,47 +166,41 @@ def test_a_manifest_that_was_changed_or_comes_from_the_future(folder: Path) -> N
 @pytest.mark.parametrize("name", ["../a", "/etc/hostname", "..", "sub/a"])
 def test_a_manifest_names_files_of_its_own_directory(folder: Path, name: str) -> None:
     (folder.parent / "a").write_text("first")
-    edit(folder, lambda record: record.update(files={name: record["files"]["a"]}), honest=True)  # type: ignore[index]
+    edit(folder, lambda record: record.update(files={name: record["files"]["a"]}), honest=True)
     with pytest.raises(ModelError, match="expected file names of its own directory"):
         manifest.read(folder)
 
 
-WRITERS: dict[str, Callable[[Path], object]] = {
-    "torch": lambda folder: torch.save({"a": torch.zeros(1 << 16)}, folder / "a"),
-    "safetensors": lambda folder: save_file({"a": torch.zeros(1 << 16)}, folder / "a"),
-    "text": lambda folder: (folder / "a").write_text("a" * (1 << 18)),
-}
-
-LIMITED = """
-import resource, signal, sys
-from pathlib import Path
-from recurrent_drafting import manifest
-from recurrent_drafting.errors import ResourceError
-from tests.test_manifest import WRITERS
-
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-for name, write in WRITERS.items():
-    try:
-        with manifest.whole(Path(sys.argv[1]) / name, {}) as partial:
-            write(partial)
-    except ResourceError as error:
-        print(error)
-"""
+@pytest.fixture
+def little_space() -> Iterator[None]:
+    """Let the system refuse to write on, as it does when the disk is full; a limit of the process needs no disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_disk_that_is_full_is_a_resource_error_and_nothing_is_left(tmp_path: Path) -> None:
-    """The system refuses to write on, as it does when the disk is full (a limit of the process needs no disk)."""
-    root = Path(__file__).resolve().parent.parent
-    run = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(tmp_path)], cwd=root, capture_output=True, text=True, check=False
-    )
-    lines = run.stdout.splitlines()
-    assert len(lines) == len(WRITERS), run.stderr
-    for name, line in zip(WRITERS, lines, strict=True):
-        assert line.startswith(f"{tmp_path / name} was not written, the disk is full or at its limit: ")
-        assert line.endswith("nothing of it was kept, free space and run again")
-    assert names(tmp_path) == []
+@pytest.mark.usefixtures("little_space")
+@pytest.mark.parametrize("way", [manifest.whole, manifest.files_of])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: torch.save({"a": torch.zeros(1 << 16)}, path),
+        lambda path: save_file({"a": torch.zeros(1 << 16)}, path),
+        lambda path: path.write_text("a" * (1 << 18)),
+    ],
+    ids=["torch", "safetensors", "text"],
+)
+def test_a_disk_that_is_full_is_a_resource_error_and_nothing_is_left(
+    folder: Path, way: Callable[..., Any], write: Callable[[Path], object]
+) -> None:
+    with pytest.raises(ResourceError) as caught, way(folder, RECORD) as partial:
+        write(partial / "a")
+    message = str(caught.value)
+    assert message.startswith(f"{folder} was not written, the disk is full or at its limit: ") and "\n" not in message
+    assert "bytes free); nothing of it was kept, free space and run again" in message
+    assert contents(folder) == {"a": "first", "b": "second"} and manifest.read(folder)
+    assert names(folder.parent) == ["folder"] and PARTIAL not in names(folder)
 
 
 def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
