@@ -41,6 +41,7 @@ ORDER = (
     "hidden_cache",
     "resume",
     "run_guard",
+    "resumable_trainer",
     "trainer",
     "__init__",
     "evaluation",
