@@ -18,13 +18,14 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recurrent_drafting import cli
 from recurrent_drafting.assets import DEFAULT_BASE
-from recurrent_drafting.errors import DataError, ModelError, UsageError
+from recurrent_drafting.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -213,8 +214,24 @@ def _default_output_dir(args: argparse.Namespace) -> str:
     return str(path)
 
 
-def check_output_dir(args: argparse.Namespace) -> None:
-    """Refuse an output directory that holds something or cannot be written.
+@contextmanager
+def claim_output_dir(args: argparse.Namespace) -> Iterator[None]:
+    """Hold the output directory for this run alone, and clear what a killed one left half-written.
+
+    Raises:
+        UsageError: it holds something, cannot be written or belongs to another run.
+    """
+    from recurrent_drafting import manifest, run_guard
+
+    path = Path(args.output_dir)
+    check_output_dir(args, leftovers={manifest.PARTIAL, run_guard.LOCK})
+    with run_guard.only_run(path):
+        manifest.remove_partial(path)
+        yield
+
+
+def check_output_dir(args: argparse.Namespace, leftovers: set[str]) -> None:
+    """Refuse an output directory that holds something besides a killed run's leftovers, or cannot be written.
 
     Raises:
         UsageError: with what to pass instead.
@@ -222,7 +239,7 @@ def check_output_dir(args: argparse.Namespace) -> None:
     path = Path(args.output_dir)
     goes_on = args.overwrite_output_dir or args.resume_from_checkpoint
     try:
-        if path.exists() and any(path.iterdir()) and not goes_on:
+        if path.exists() and {item.name for item in path.iterdir()} - leftovers and not goes_on:
             raise UsageError(
                 f"--output_dir {path} is not empty: expected a new directory; pass --resume_from_checkpoint, "
                 "--overwrite_output_dir or another directory"
@@ -352,7 +369,7 @@ def dry_run(args: argparse.Namespace, training: TrainingArguments) -> int:
         training.output_dir, training.report_to = scratch, []
         # What the sample's replies would make of the draft vocabulary says nothing.
         with contextlib.redirect_stdout(io.StringIO()):
-            drafter = make_drafter(args, verifier, rows)
+            drafter = make_drafter(args, verifier, rows, tokenizer)
         trainer = make_trainer(training, verifier, drafter, (rows, rows))
         found = estimate.run(trainer, expected, stored_states=bool(args.hidden_state_cache or args.quick))
     print(
@@ -397,12 +414,15 @@ def with_hidden_states(
     return CachedDataset(rows, HiddenStateCache(distributed.from_first_rank(training, write), verifier, rows))
 
 
-def make_drafter(args: argparse.Namespace, verifier: Verifier, rows: TokenDataset) -> Drafter:
+def make_drafter(
+    args: argparse.Namespace, verifier: Verifier, rows: TokenDataset, tokenizer: PreTrainedTokenizerBase
+) -> Drafter:
     """Load the drafter that was named, or make a new one that starts from the verifier."""
     import torch
 
     from recurrent_drafting import Drafter, RecurrentDraftingConfig
     from recurrent_drafting.checkpoint import load_drafter
+    from recurrent_drafting.data import tokenizer_fingerprint
     from recurrent_drafting.decoding import check_fit
     from recurrent_drafting.trainer import choose_draft_vocabulary, initialise_from_verifier
 
@@ -426,6 +446,7 @@ def make_drafter(args: argparse.Namespace, verifier: Verifier, rows: TokenDatase
             beam_length=args.beam_length,
             verifier_name_or_path=args.llm_name_or_path,
             verifier_fingerprint=verifier.fingerprint,
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         )
     )
     initialise_from_verifier(drafter, verifier, token_ids)
@@ -444,30 +465,25 @@ def make_trainer(
     )
 
 
-def find_checkpoint(args: argparse.Namespace, drafter: Drafter) -> str | None:
-    """Return the checkpoint to go on from, None for a new run; "True" is the newest one of the output directory.
+def find_checkpoint(
+    args: argparse.Namespace, training: TrainingArguments, drafter: Drafter, rows: TokenDataset
+) -> str | None:
+    """Return the checkpoint to go on from, None for a new run; "True" is the newest complete one.
 
     Raises:
         UsageError: there is none.
-        ModelError: it holds a drafter of another shape.
+        ModelError: it is torn or of another run.
     """
-    from transformers.trainer_utils import get_last_checkpoint
-
-    from recurrent_drafting import RecurrentDraftingConfig
-    from recurrent_drafting.checkpoint import load_drafter
+    from recurrent_drafting import resume
 
     wanted = args.resume_from_checkpoint
-    if not wanted or wanted == "False":
+    if not wanted:
         return None
-    path = get_last_checkpoint(args.output_dir) if wanted == "True" else wanted
-    if path is None or not Path(path).is_dir():
-        raise UsageError(f"--resume_from_checkpoint {wanted}: expected a directory, found none; name one, or drop it")
-    found, now = load_drafter(path).config.to_dict(), drafter.config.to_dict()
-    names = [name for name in RecurrentDraftingConfig.__annotations__ if name in now]
-    changed = [f"{name} {found.get(name)!r}, now {now[name]!r}" for name in names if found.get(name) != now[name]]
-    if changed:
-        raise ModelError(f"{path} was begun with {'; '.join(changed)}; repeat those or begin a new run")
-    return str(path)
+    record = resume.run_record(
+        training.decisive(), training.world_size, drafter.config, resume.data_fingerprint(rows.rows)
+    )
+    path = resume.find_checkpoint(wanted, Path(args.output_dir), record)
+    return None if path is None else str(path)
 
 
 def measure(args: argparse.Namespace, verifier: Verifier, drafter: Drafter, tokenizer: Any) -> Path:
@@ -529,15 +545,13 @@ def execute(args: argparse.Namespace, training: TrainingArguments) -> int:
     from recurrent_drafting import distributed, tracking
     from recurrent_drafting.data import load_tokenizer
 
-    if training.should_save:
-        check_output_dir(args)
     verifier, tokenizer = load_base(args, training), load_tokenizer(args.llm_name_or_path, args.revision)
     training_rows, evaluation_rows = distributed.from_first_rank(training, lambda: load_data(args, verifier, tokenizer))
-    drafter = make_drafter(args, verifier, training_rows)
+    drafter = make_drafter(args, verifier, training_rows, tokenizer)
     print(f"drafter: {drafter.num_parameters() / 1e6:.2f} M parameters")
     if args.phase == "eval":
         return evaluate(make_trainer(training, verifier, drafter, (training_rows, evaluation_rows)), evaluation_rows)
-    checkpoint = find_checkpoint(args, drafter)
+    checkpoint = find_checkpoint(args, training, drafter, training_rows)
     with tempfile.TemporaryDirectory(prefix="hidden-states-", ignore_cleanup_errors=True) as scratch:
         training_rows = with_hidden_states(args, training, verifier, training_rows, scratch)
         trainer = make_trainer(training, verifier, drafter, (training_rows, evaluation_rows))
@@ -564,7 +578,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, training = parse_arguments(argv)
         distributed.check_world(training)
         with distributed.one_voice(training):
-            return dry_run(args, training) if args.dry_run else execute(args, training)
+            if args.dry_run:
+                return dry_run(args, training)
+            with claim_output_dir(args) if training.should_save else nullcontext():
+                return execute(args, training)
 
     return cli.run(body, debug)
 

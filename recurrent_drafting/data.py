@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -658,6 +659,12 @@ def load_tokenizer(name_or_path: str, revision: str | None = None, *, trust_remo
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise DataError(f"no tokenizer for {name_or_path}: {_first_line(error)}; save one beside the model") from error
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Return the identity of a vocabulary: the SHA-256 of its tokens with their ids."""
+    tokens = sorted((index, token) for token, index in tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
 
 
 # Packed rows

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -18,18 +19,27 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler, Subset
 from transformers.integrations.integration_utils import WandbCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from recurrent_drafting import beam_search, data, distributed, losses, tracking
+from recurrent_drafting import beam_search, data, distributed, losses, resume, tracking
 from recurrent_drafting.config import BeamConfig
 from recurrent_drafting.data import TokenDataset
 from recurrent_drafting.draft_tree import DraftTree
 from recurrent_drafting.drafter import Drafter
 from recurrent_drafting.errors import DataError, NumericsError, UsageError
 from recurrent_drafting.metrics import DecodingStats, MeanMetrics
+from recurrent_drafting.resumable_trainer import ResumableTrainer
 from recurrent_drafting.verifier import Verifier
 
 OBJECTIVES = ("ce", "kl", "expected_length")
 AUTO_DRAFT_VOCABULARY = 8192
 Counters = TypeVar("Counters", DecodingStats, MeanMetrics)
+# Of the base class's arguments those that decide what the weights become; our own all do, but for the reports.
+DECISIVE = (
+    "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1",
+    "adam_beta2", "adam_epsilon", "max_grad_norm", "seed", "data_seed", "bf16", "fp16", "train_sampling_strategy",
+    "dataloader_drop_last", "average_tokens_across_devices",
+)  # fmt: skip
+_REPORTS = ("drafter_top_k", "use_wandb", "wandb_project", "wandb_run_name")
 
 
 @dataclass
@@ -76,6 +86,8 @@ class TrainingArguments(transformers.TrainingArguments):
     def __post_init__(self) -> None:
         self._check()
         trackers = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or [])
+        if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
+            self.metric_for_best_model = "simulated_tau"
         if self.use_wandb:
             trackers = [*(name for name in trackers if name not in ("none", "all", "wandb")), "wandb"]
             self.report_to = trackers
@@ -118,6 +130,12 @@ class TrainingArguments(transformers.TrainingArguments):
     def kl_share(self) -> float:
         """Return the share of KL in what the expected length leaves; 0 where it leaves nothing."""
         return 0.0 if self.objective == "ce" or self.length_share == 1 else self.kd_alpha
+
+    def decisive(self) -> dict[str, Any]:
+        """Return the settings that a resumed run must share with the one it goes on from."""
+        own = {name for name in TrainingArguments.__annotations__ if name not in _REPORTS}
+        values: dict[str, Any] = self.to_dict()  # type: ignore[no-untyped-call]
+        return {name: value for name, value in values.items() if name in own or name in DECISIVE}
 
 
 @dataclass(frozen=True)
@@ -210,7 +228,7 @@ class LengthGroupedSampler(Sampler[int]):
         return iter(get_length_grouped_indices(self._lengths, self._batch_size, generator=generator))
 
 
-class DrafterTrainer(transformers.Trainer):
+class DrafterTrainer(ResumableTrainer):
     """Train a drafter against a frozen verifier.
 
     Args:
@@ -306,6 +324,18 @@ class DrafterTrainer(transformers.Trainer):
         for item in every[1:]:
             every[0].merge(item)
         return every[0]
+
+    def run_record(self) -> dict[str, Any]:
+        """Return what the manifests of this run's checkpoints say about it."""
+        return resume.run_record(
+            self.args.decisive(), self.args.world_size, self.drafter.config, self._data_fingerprint
+        )
+
+    @cached_property
+    def _data_fingerprint(self) -> str | None:
+        """Return the identity of the training rows; it is computed once, not at every checkpoint."""
+        rows = self.train_dataset
+        return resume.data_fingerprint(rows.rows) if isinstance(rows, TokenDataset) else None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Group by length, which the base class can do for data sets of its own kind only."""
