@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import runpy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -161,3 +162,8 @@ def _check_weights(drafter: Drafter, info: dict[str, object], name: str) -> None
     ids, vocab_size = drafter.draft_token_ids, drafter.config.vocab_size
     if not bool((ids.diff() > 0).all()) or int(ids[0]) < 0 or int(ids[-1]) >= vocab_size:
         raise ModelError(f"drafter {name}: expected draft_token_ids rising in 0..{vocab_size - 1}; download it again")
+
+
+if __name__ == "__main__":
+    # The layouts stand below this module, so their command line is run, not imported.
+    runpy.run_module("recurrent_drafting.formats", run_name="__main__", alter_sys=True)
