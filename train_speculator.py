@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -295,8 +295,8 @@ def find_checkpoint(args: argparse.Namespace, drafter: Drafter) -> str | None:
     return str(path)
 
 
-def measure(args: argparse.Namespace, verifier: Verifier, drafter: Drafter, tokenizer: Any) -> Path:
-    """Decode MT-Bench prompts with drafter and baseline in turn; print and write the figures."""
+def measure(args: argparse.Namespace, trainer: DrafterTrainer, tokenizer: Any) -> Path:
+    """Decode MT-Bench prompts with drafter and baseline in turn; print and write the figures and the report."""
     from recurrent_drafting import evaluation, lossless
 
     questions, _ = evaluation.load_questions("mt-bench", QUICK_PROMPTS, spread=True)
@@ -305,13 +305,25 @@ def measure(args: argparse.Namespace, verifier: Verifier, drafter: Drafter, toke
         speculator_path=str(args.output_dir),
         max_new_tokens=QUICK_TOKENS,
     )
-    decoder = evaluation.speculative_decoder(verifier, drafter, settings)
-    result = evaluation.compare(verifier, decoder, tokenizer, questions, settings)
+    decoder = evaluation.speculative_decoder(trainer.verifier, trainer.drafter, settings)
+    result = evaluation.compare(trainer.verifier, decoder, tokenizer, questions, settings)
     path = Path(args.output_dir) / "quick_results.json"
     evaluation.write_json(result, path)
     print(evaluation.format_summary(result["summary"]))
+    write_report(args, trainer, {path.stem: result})
     lossless.LosslessReport(**result["lossless"]).require_lossless()
     return path
+
+
+def write_report(args: argparse.Namespace, trainer: DrafterTrainer, results: Mapping[str, Any]) -> None:
+    """Write the report of the training, and of evaluations by name, into the output directory."""
+    from recurrent_drafting import report
+
+    training = {"log_history": trainer.state.log_history, "global_step": trainer.state.global_step}
+    named = {"training": training, **results}
+    path = Path(args.output_dir) / "report.html"
+    report.write([report.Result.of(name, data) for name, data in named.items()], path)
+    print(f"report: {path}")
 
 
 def execute(args: argparse.Namespace, training: TrainingArguments) -> int:
@@ -341,15 +353,18 @@ def execute(args: argparse.Namespace, training: TrainingArguments) -> int:
         trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate()
     trainer.save_model(args.output_dir)
+    trainer.save_state()
     print(f"simulated tau on held-out rows: {metrics['eval_simulated_tau']:.3f}")
     print(f"drafter saved: {args.output_dir}")
     if args.quick:
-        print(f"results: {measure(args, verifier, drafter, tokenizer)}")
+        print(f"results: {measure(args, trainer, tokenizer)}")
         print(
             "next:\n"
             f"  python generate_speculator.py --interactive --speculator_path {args.output_dir}\n"
             f"  python generate_speculator.py --eval_mt_bench --compare --speculator_path {args.output_dir}"
         )
+    else:
+        write_report(args, trainer, {})
     return 0
 
 

@@ -41,6 +41,10 @@ ORDER = (
     "trainer",
     "__init__",
     "evaluation",
+    "evaluation_tracking",
+    "sweep",
+    "plots",
+    "report",
     "chat",
 )
 
