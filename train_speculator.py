@@ -18,7 +18,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -486,8 +486,8 @@ def find_checkpoint(
     return None if path is None else str(path)
 
 
-def measure(args: argparse.Namespace, verifier: Verifier, drafter: Drafter, tokenizer: Any) -> Path:
-    """Decode MT-Bench prompts with drafter and baseline in turn; print and write the figures."""
+def measure(args: argparse.Namespace, trainer: DrafterTrainer, tokenizer: Any) -> Path:
+    """Decode MT-Bench prompts with drafter and baseline in turn; print and write the figures and the report."""
     from recurrent_drafting import evaluation, lossless
 
     questions, _ = evaluation.load_questions("mt-bench", QUICK_PROMPTS, spread=True)
@@ -496,13 +496,25 @@ def measure(args: argparse.Namespace, verifier: Verifier, drafter: Drafter, toke
         speculator_path=str(args.output_dir),
         max_new_tokens=QUICK_TOKENS,
     )
-    decoder = evaluation.speculative_decoder(verifier, drafter, settings)
-    result = evaluation.compare(verifier, decoder, tokenizer, questions, settings)
+    decoder = evaluation.speculative_decoder(trainer.verifier, trainer.drafter, settings)
+    result = evaluation.compare(trainer.verifier, decoder, tokenizer, questions, settings)
     path = Path(args.output_dir) / "quick_results.json"
     evaluation.write_json(result, path)
     print(evaluation.format_summary(result["summary"]))
+    write_report(args, trainer, {path.stem: result})
     lossless.LosslessReport(**result["lossless"]).require_lossless()
     return path
+
+
+def write_report(args: argparse.Namespace, trainer: DrafterTrainer, results: Mapping[str, Any]) -> None:
+    """Write the report of the training, and of evaluations by name, into the output directory."""
+    from recurrent_drafting import report
+
+    training = {"log_history": trainer.state.log_history, "global_step": trainer.state.global_step}
+    named = {"training": training, **results}
+    path = Path(args.output_dir) / "report.html"
+    report.write([report.Result.of(name, data) for name, data in named.items()], path)
+    print(f"report: {path}")
 
 
 def evaluate(trainer: DrafterTrainer, rows: TokenDataset) -> int:
@@ -529,6 +541,7 @@ def finish(args: argparse.Namespace, trainer: DrafterTrainer, rows: TokenDataset
 
     metrics = trainer.evaluate()
     trainer.save_model(args.output_dir)
+    trainer.save_state()
     print(f"simulated tau on held-out rows: {metrics['eval_simulated_tau']:.3f}")
     print(f"drafter saved: {args.output_dir}")
     if trainer.args.process_index or not args.serve_check_prompts:
@@ -558,14 +571,22 @@ def execute(args: argparse.Namespace, training: TrainingArguments) -> int:
         with tracking.closing(trainer.callback_handler.callbacks):
             trainer.train(resume_from_checkpoint=checkpoint)
             finish(args, trainer, evaluation_rows)
-    if args.quick and training.process_index == 0:
-        print(f"results: {measure(args, verifier, drafter, tokenizer)}")
-        print(
-            "next:\n"
-            f"  python generate_speculator.py --interactive --speculator_path {args.output_dir}\n"
-            f"  python generate_speculator.py --eval_mt_bench --compare --speculator_path {args.output_dir}"
-        )
+    if training.process_index == 0:
+        conclude(args, trainer, tokenizer)
     return 0
+
+
+def conclude(args: argparse.Namespace, trainer: DrafterTrainer, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the report; after --quick measure first, and say what to run next."""
+    if not args.quick:
+        write_report(args, trainer, {})
+        return
+    print(f"results: {measure(args, trainer, tokenizer)}")
+    print(
+        "next:\n"
+        f"  python generate_speculator.py --interactive --speculator_path {args.output_dir}\n"
+        f"  python generate_speculator.py --eval_mt_bench --compare --speculator_path {args.output_dir}"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

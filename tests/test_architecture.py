@@ -52,6 +52,10 @@ ORDER = (
     "estimate",
     "__init__",
     "evaluation",
+    "evaluation_tracking",
+    "sweep",
+    "plots",
+    "report",
     "chat",
     "vllm_proposer",
 )
