@@ -4,7 +4,8 @@
 Examples:
   python generate_speculator.py --interactive
   python generate_speculator.py --prompt "Why is the sky blue?"
-  python generate_speculator.py --eval_mt_bench --compare --output_file results.json
+  python generate_speculator.py --eval_mt_bench --compare --output_file results.json --report report.html
+  python generate_speculator.py --eval_mt_bench --sweep --report sweep.html
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from recurrent_drafting import cli
 from recurrent_drafting.assets import DEFAULT_BASE
-from recurrent_drafting.config import BeamConfig, RecurrentDraftingConfig, SamplingConfig
+from recurrent_drafting.config import BeamConfig, RecurrentDraftingConfig, SamplingConfig, SweepGrid
 from recurrent_drafting.errors import DataError, ModelError, NetworkError, UsageError
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ RELEASED = Path(__file__).resolve().parent / "models"
 MAX_PROMPT_BYTES = 64 * 1024 * 1024
 # Timed forwards per tree size: a single reply must not wait for a careful measurement.
 TIMINGS, TIMINGS_ONE_SHOT = 5, 1
+# Prompts of a sweep, spread over the file.
+SWEEP_PROMPTS = 8
 
 
 def build_parser() -> cli.ArgumentParser:
@@ -57,6 +60,7 @@ def _add_modes(parser: cli.ArgumentParser) -> None:
     which = group.add_mutually_exclusive_group()
     which.add_argument("--autoregressive", action="store_true", help="baseline only, no drafter")
     which.add_argument("--compare", action="store_true", help="run the baseline too and compare prompt by prompt")
+    which.add_argument("--sweep", action="store_true", help="try beam shapes, tree sizes and temperatures")
     group.add_argument(
         "--verify_lossless",
         action="store_true",
@@ -67,8 +71,27 @@ def _add_modes(parser: cli.ArgumentParser) -> None:
     group.add_argument("--batch_size", type=int, default=1, help="prompts decoded together")
     group.add_argument("--turns", type=int, default=1, help="turns per question")
     group.add_argument("--output_file", metavar="FILE", help="write results as JSON")
+    group.add_argument("--report", metavar="FILE", help="write results as one HTML file with plots")
+    group.add_argument("--use_wandb", action="store_true", help="send results to Weights & Biases")
+    group.add_argument("--wandb_project", metavar="NAME", help="default: WANDB_PROJECT, else recurrent-drafting")
     group.add_argument("--skip_bad_rows", action="store_true", help="leave malformed rows out")
     parser.add_argument("--debug", action="store_true", help="print tracebacks")
+    _add_sweep(parser)
+
+
+def _add_sweep(parser: cli.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "sweep",
+        f"with --sweep; each value with each, on {SWEEP_PROMPTS} prompts unless --max_num_prompts says otherwise; "
+        "--beam_width, --beam_length, --max_tree_nodes and --temperature fix theirs",
+    )
+    kinds = {"widths": int, "lengths": int, "nodes": _tree_nodes, "temperatures": float}
+    for name, kind in kinds.items():
+        usual = " ".join("auto" if value is None else str(value) for value in getattr(SweepGrid, name))
+        group.add_argument(f"--sweep_{name}", nargs="+", type=kind, metavar="X", help=f"default: {usual}")
+    group.add_argument(
+        "--save_recommended", action="store_true", help="make the best beam width and length the drafter's defaults"
+    )
 
 
 def _add_models(parser: cli.ArgumentParser) -> None:
@@ -162,20 +185,61 @@ def check_arguments(args: argparse.Namespace) -> None:
 def _check_evaluation(args: argparse.Namespace) -> None:
     """Refuse flags of an evaluation that do not fit the mode or each other."""
     evaluates = args.eval_mt_bench or args.eval_file is not None
-    if args.verify_lossless and args.autoregressive:
-        raise UsageError("--verify_lossless compares with the baseline: drop --autoregressive")
-    for name in ("compare", "verify_lossless", "output_file"):
+    for name in ("autoregressive", "sweep"):
+        if args.verify_lossless and getattr(args, name):
+            raise UsageError(f"--verify_lossless compares with the baseline: drop --{name}")
+    for name in ("compare", "verify_lossless", "output_file", "report", "sweep", "use_wandb"):
         if getattr(args, name) and not evaluates:
             raise UsageError(f"--{name} goes with --eval_mt_bench or --eval_file")
-    if args.output_file is not None:
-        _check_output_file(Path(args.output_file))
+    _check_sweep(args)
+    for name in ("output_file", "report"):
+        if getattr(args, name) is not None:
+            _check_output_file(f"--{name}", Path(getattr(args, name)))
+    if args.use_wandb:
+        from recurrent_drafting import evaluation_tracking
+
+        evaluation_tracking.require_wandb()
 
 
-def _check_output_file(path: Path) -> None:
+def _check_sweep(args: argparse.Namespace) -> None:
+    """Refuse a sweep that cannot be run, and its flags without it."""
+    if args.sweep:
+        sweep_grid(args)
+        if args.max_generation_length < 2:
+            raise UsageError(f"--sweep needs --max_generation_length >= 2, got {args.max_generation_length}")
+        return
+    for name in ("sweep_widths", "sweep_lengths", "sweep_nodes", "sweep_temperatures", "save_recommended"):
+        if getattr(args, name):
+            raise UsageError(f"--{name} goes with --sweep")
+
+
+def sweep_grid(args: argparse.Namespace) -> SweepGrid:
+    """Collect what a sweep tries: its own flags, else the flag of one value, else the default.
+
+    Raises:
+        UsageError: a value is out of range, or an axis is given twice.
+    """
+    axes = {
+        "widths": ("beam_width", args.beam_width),
+        "lengths": ("beam_length", args.beam_length),
+        "nodes": ("max_tree_nodes", args.max_tree_nodes),
+        "temperatures": ("temperature", args.temperature or None),
+    }
+    chosen: dict[str, Any] = {}
+    for axis, (flag, value) in axes.items():
+        given = getattr(args, f"sweep_{axis}")
+        if given and value is not None:
+            raise UsageError(f"--sweep_{axis} excludes --{flag} {value}: give one")
+        if given or value is not None:
+            chosen[axis] = tuple(given) if given else (value,)
+    return SweepGrid(**chosen)
+
+
+def _check_output_file(flag: str, path: Path) -> None:
     """Refuse a file that could not be written when the work is done."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(f"--output_file {path} cannot be written: name a file in a writable folder")
+        raise UsageError(f"{flag} {path} cannot be written: name a file in a writable folder")
 
 
 def sampling_config(args: argparse.Namespace, bad_words_ids: Sequence[Sequence[int]]) -> SamplingConfig:
@@ -375,7 +439,11 @@ def load_questions(args: argparse.Namespace) -> list[Question] | None:
     if not args.eval_mt_bench and args.eval_file is None:
         return None
     source = "mt-bench" if args.eval_mt_bench else args.eval_file
-    questions, note = evaluation.load_questions(source, args.max_num_prompts, skip_bad_rows=args.skip_bad_rows)
+    count, spread = args.max_num_prompts, args.sweep
+    if args.sweep and count is None:
+        whole, _ = evaluation.load_questions(source, skip_bad_rows=args.skip_bad_rows)
+        count = min(SWEEP_PROMPTS, len(whole))
+    questions, note = evaluation.load_questions(source, count, spread=spread, skip_bad_rows=args.skip_bad_rows)
     if note:
         _say(note)
     return questions
@@ -389,9 +457,8 @@ def evaluate(
     settings: RunSettings,
     questions: Sequence[Question],
 ) -> None:
-    """Run questions, print the summary, write the results, and insist on equal texts."""
+    """Run questions, print the summary, and deliver the results."""
     from recurrent_drafting import evaluation
-    from recurrent_drafting.lossless import LosslessReport
 
     if decoder is None:
         record = evaluation.run_baseline(verifier, tokenizer, questions, settings)
@@ -400,14 +467,55 @@ def evaluate(
     else:
         record = evaluation.run_speculative(decoder, tokenizer, questions, settings)
     print(evaluation.format_summary(record["summary"]))
+    deliver(args, record)
+
+
+def sweep(
+    args: argparse.Namespace,
+    verifier: Verifier,
+    drafter: Drafter,
+    tokenizer: Any,
+    settings: RunSettings,
+    questions: Sequence[Question],
+) -> None:
+    """Try the grid, print the table, deliver the results, and save the best shape if that is wanted.
+
+    Raises:
+        UsageError: the drafter to save to is no local directory.
+    """
+    from recurrent_drafting.sweep import Sweep, format_table, save_recommended
+
+    path = Path(args.speculator_path).expanduser()
+    if args.save_recommended and not path.is_dir():
+        raise UsageError(f"--save_recommended writes into the drafter: expected a local directory, got {path}")
+    mismatch = args.allow_base_mismatch
+    run = Sweep(verifier, drafter, tokenizer, settings, sweep_grid(args), allow_base_mismatch=mismatch)
+    record = run.run(questions)
+    print(format_table(record))
+    deliver(args, record)
+    if args.save_recommended:
+        save_recommended(record, path)
+        print(f"saved as the defaults of {path}: beam width and length (tree nodes depend on the machine)")
+
+
+def deliver(args: argparse.Namespace, record: dict[str, Any]) -> None:
+    """Write results and report, tell the tracker, and insist on equal texts."""
+    from recurrent_drafting import evaluation, evaluation_tracking, report
+    from recurrent_drafting.lossless import LosslessReport
+
     if args.output_file is not None:
         evaluation.write_json(record, Path(args.output_file))
         print(f"results: {args.output_file}")
+    if args.report is not None:
+        report.write([report.Result.of(Path(args.report).stem, record)], Path(args.report))
+        print(f"report: {args.report}")
+    if args.use_wandb:
+        evaluation_tracking.log(record, args.wandb_project)
     if "lossless" in record:
-        report = LosslessReport(**record["lossless"])
+        audit = LosslessReport(**record["lossless"])
         if args.verify_lossless:
-            print(report.listing())
-        report.require_lossless()
+            print(audit.listing())
+        audit.require_lossless()
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -429,6 +537,9 @@ def execute(args: argparse.Namespace) -> int:
     verifier, drafter = load_models(args)
     tokenizer = data.load_tokenizer(args.base_model, args.revision, trust_remote_code=args.trust_remote_code)
     settings = run_settings(args, tokenizer, drafter.config if drafter else None)
+    if args.sweep and drafter is not None and questions is not None:
+        sweep(args, verifier, drafter, tokenizer, settings, questions)
+        return 0
     decoder = None
     if drafter is not None:
         decoder = evaluation.speculative_decoder(

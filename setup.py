@@ -30,7 +30,7 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.10",
     packages=["recurrent_drafting"],
-    package_data={"recurrent_drafting": ["py.typed", "data/*.safetensors"]},
+    package_data={"recurrent_drafting": ["py.typed", "data/*.safetensors", "templates/*.html"]},
     py_modules=["train_speculator", "generate_speculator", "huggingface_deployment"],
     install_requires=requirements(),
     extras_require={

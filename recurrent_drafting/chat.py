@@ -16,11 +16,10 @@ from recurrent_drafting import data
 from recurrent_drafting.config import SamplingConfig
 from recurrent_drafting.decoding import AutoregressiveDecoder, SpeculativeDecoder
 from recurrent_drafting.errors import RecurrentDraftingError, UsageError
-from recurrent_drafting.evaluation import StopStrings, decode
+from recurrent_drafting.evaluation import Detokenizer, StopStrings
 from recurrent_drafting.metrics import DecodingStats
 
 _GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
-_BROKEN = "\ufffd"
 _FENCE = '"""'
 # Control characters of a model must not steer the terminal; tab and line feed may pass.
 _CONTROL = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)))
@@ -56,32 +55,23 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Any, stop: StopStrings | None = None) -> None:
-        self._tokenizer = tokenizer
+        self._detokenizer = Detokenizer(tokenizer)
         self._stop = stop
-        self._tokens: list[int] = []
-        self._shown_from = self._shown_to = 0
         self._held: list[Piece] = []
         self._stopped = False
 
     def push(self, token: int, drafted: bool) -> list[Piece]:
         """Take one token; return what can be shown now."""
-        self._tokens.append(token)
-        # Decoding starts at text already shown: tokenizers treat a first token apart.
-        known = decode(self._tokenizer, self._tokens[self._shown_from : self._shown_to])
-        text = decode(self._tokenizer, self._tokens[self._shown_from :])
-        if len(text) <= len(known) or text.endswith(_BROKEN):
+        text = self._detokenizer.push(token)
+        if not text:
             return []
-        self._shown_from, self._shown_to = self._shown_to, len(self._tokens)
-        self._held.append(Piece(text[len(known) :], drafted))
+        self._held.append(Piece(text, drafted))
         return self._release(final=False)
 
     def finish(self) -> list[Piece]:
         """Return what is left; bytes that never became a character are dropped."""
-        known = decode(self._tokenizer, self._tokens[self._shown_from : self._shown_to])
-        text = decode(self._tokenizer, self._tokens[self._shown_from :]).rstrip(_BROKEN)
-        self._shown_from = self._shown_to = len(self._tokens)
-        if len(text) > len(known):
-            self._held.append(Piece(text[len(known) :], drafted=False))
+        if text := self._detokenizer.finish():
+            self._held.append(Piece(text, drafted=False))
         return self._release(final=True)
 
     def _release(self, *, final: bool) -> list[Piece]:

@@ -135,6 +135,37 @@ class SamplingConfig:
         return self.temperature == 0
 
 
+@dataclass(frozen=True)
+class SweepGrid:
+    """Settings that a sweep tries, each with each.
+
+    Args:
+        widths: beam widths W.
+        lengths: beam lengths L.
+        nodes: tree nodes N; None follows the measured latency curve.
+        temperatures: of the sampling.
+
+    Raises:
+        UsageError: a value is out of range.
+    """
+
+    widths: tuple[int, ...] = (1, 4, 10)
+    lengths: tuple[int, ...] = (2, 4)
+    nodes: tuple[int | None, ...] = (None, 16)
+    temperatures: tuple[float, ...] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        self.beams()
+        for temperature in self.temperatures:
+            SamplingConfig(temperature=temperature)
+
+    def beams(self) -> list[BeamConfig]:
+        """Return every shape once."""
+        return list(
+            dict.fromkeys(BeamConfig(w, n, nodes) for nodes in self.nodes for w in self.widths for n in self.lengths)
+        )
+
+
 class RecurrentDraftingConfig(PretrainedConfig):
     """Shape of a drafter and the verifier it was trained for.
 

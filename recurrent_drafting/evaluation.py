@@ -35,6 +35,7 @@ from recurrent_drafting.verifier import Verifier
 
 _TURNS_PER_QUESTION = 16
 _WARM_UP_TOKENS = 8
+BROKEN = "\ufffd"
 
 
 class StopStrings:
@@ -76,6 +77,48 @@ class StopStrings:
 def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
     """Turn a reply's tokens into text, without special tokens."""
     return str(tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+class Detokenizer:
+    """Turn the tokens of a reply into text one by one, without broken characters.
+
+    Args:
+        tokenizer: of the base.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._shown_from = self._shown_to = 0
+
+    def push(self, token: int) -> str:
+        """Take a token; return the text it completes, empty while its bytes form no character yet."""
+        self._tokens.append(token)
+        known, text = self._texts()
+        if len(text) <= len(known) or text.endswith(BROKEN):
+            return ""
+        self._shown_from, self._shown_to = self._shown_to, len(self._tokens)
+        return text[len(known) :]
+
+    def finish(self) -> str:
+        """Return what is left; bytes that never became a character are dropped."""
+        known, text = self._texts()
+        self._shown_from = self._shown_to = len(self._tokens)
+        return text.rstrip(BROKEN)[len(known) :]
+
+    def _texts(self) -> tuple[str, str]:
+        # Decoding starts at text already shown: tokenizers treat a first token apart.
+        known = decode(self._tokenizer, self._tokens[self._shown_from : self._shown_to])
+        return known, decode(self._tokenizer, self._tokens[self._shown_from :])
+
+
+def token_texts(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
+    """Return the text that each token of a reply completes; together they are the reply."""
+    detokenizer = Detokenizer(tokenizer)
+    texts = [detokenizer.push(token) for token in tokens]
+    if texts:
+        texts[-1] += detokenizer.finish()
+    return texts
 
 
 @dataclass(frozen=True)
@@ -216,6 +259,38 @@ def speculative_decoder(
     return decoder
 
 
+def encode_prompt(tokenizer: Any, messages: Sequence[dict[str, str]], limit: int) -> tuple[list[int], bool]:
+    """Render messages within the prompt limit; tell whether anything was cut.
+
+    Args:
+        tokenizer: of the base.
+        messages: the conversation, a user text last.
+        limit: most tokens of the prompt.
+
+    Raises:
+        DataError: the limit leaves no room for a prompt.
+    """
+    kept = list(messages)
+    ids = data.render(tokenizer, kept, ask=True)
+    if len(ids) <= limit:
+        return ids, False
+    while len(ids) > limit and len(kept) > 2:
+        kept = kept[2:]
+        ids = data.render(tokenizer, kept, ask=True)
+    text = tokenizer(kept[-1]["content"], add_special_tokens=False)["input_ids"]
+    room = len(text)
+    while len(ids) > limit:
+        room -= len(ids) - limit
+        if room < 1:
+            raise DataError(
+                f"--max_prompt_length {limit} leaves no room for a prompt: the chat template "
+                "takes that many tokens by itself; raise it"
+            )
+        short = {**kept[-1], "content": decode(tokenizer, text[:room]).rstrip(BROKEN)}
+        ids = data.render(tokenizer, [*kept[:-1], short], ask=True)
+    return ids, True
+
+
 class Evaluation:
     """Run prompts through one or both decoders, batch by batch, and collect what they did.
 
@@ -320,27 +395,7 @@ class Evaluation:
             }
 
     def _encode(self, messages: Sequence[dict[str, str]]) -> tuple[list[int], bool]:
-        """Render messages within the prompt limit; tell whether anything was cut."""
-        limit = self._settings.max_prompt_length
-        kept = list(messages)
-        ids = data.render(self._tokenizer, kept, ask=True)
-        if len(ids) <= limit:
-            return ids, False
-        while len(ids) > limit and len(kept) > 2:
-            kept = kept[2:]
-            ids = data.render(self._tokenizer, kept, ask=True)
-        text = self._tokenizer(kept[-1]["content"], add_special_tokens=False)["input_ids"]
-        room = len(text)
-        while len(ids) > limit:
-            room -= len(ids) - limit
-            if room < 1:
-                raise DataError(
-                    f"--max_prompt_length {limit} leaves no room for a prompt: the chat template "
-                    "takes that many tokens by itself; raise it"
-                )
-            short = {**kept[-1], "content": decode(self._tokenizer, text[:room]).rstrip("\ufffd")}
-            ids = data.render(self._tokenizer, [*kept[:-1], short], ask=True)
-        return ids, True
+        return encode_prompt(self._tokenizer, messages, self._settings.max_prompt_length)
 
     def _text(self, name: str, row: _Row) -> str:
         text = decode(self._tokenizer, row.outputs[name]["tokens"])
@@ -434,12 +489,15 @@ class Evaluation:
             "question_id": row.question.question_id,
             "category": row.question.category,
             "turn": row.turn + 1,
+            "prompt": row.question.turns[row.turn],
             "prompt_tokens": len(row.prompt),
             "text": text,
+            "token_texts": token_texts(self._tokenizer, output["tokens"]),
             "tokens": len(output["tokens"]),
             "seconds": output["seconds"],
             "tau": emitted / len(steps) if steps else None,
             "accepted": histogram,
+            "accepted_by_step": [step.drafted for step in steps],
             "finish_reason": output["finish_reason"],
             "choices": [
                 {
@@ -470,6 +528,18 @@ class Evaluation:
             described["beam"] = asdict(self._speculative.beam)
             described["latency_curve"] = None if latency is None else asdict(latency)
         return described
+
+
+def speedup(row: dict[str, Any]) -> float | None:
+    """Return how many times faster than the baseline a row of a record was, None if that was not measured."""
+    ours, baseline = rate(row), rate(row, "baseline_")
+    return ours / baseline if ours and baseline else None
+
+
+def rate(row: dict[str, Any], prefix: str = "") -> float | None:
+    """Return tokens per second of a row of a record, None if it has none; the baseline's with its prefix."""
+    tokens, seconds = row.get(f"{prefix}tokens"), row.get(f"{prefix}seconds")
+    return tokens / seconds if tokens and seconds else None
 
 
 def _rate(row: _Row, name: str) -> float:
@@ -545,10 +615,19 @@ def write_json(record: dict[str, Any], path: Path) -> None:
         UsageError: the path cannot be written.
         ResourceError: the disk is full.
     """
+    write_text(json.dumps(plain(record), indent=2, ensure_ascii=False, allow_nan=False), path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        UsageError: the path cannot be written.
+        ResourceError: the disk is full.
+    """
     temporary = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(_plain(record), indent=2, ensure_ascii=False, allow_nan=False)
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
@@ -558,12 +637,12 @@ def write_json(record: dict[str, Any], path: Path) -> None:
         raise kind(f"{path} cannot be written: {error.strerror}; name another file") from error
 
 
-def _plain(value: Any) -> Any:
-    """Turn a record into what JSON knows."""
+def plain(value: Any) -> Any:
+    """Turn a record into what JSON knows: values it has no word for (NaN) become null."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

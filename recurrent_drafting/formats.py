@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from recurrent_drafting import cli
-from recurrent_drafting.checkpoint import CONFIG, WEIGHTS, load_drafter
+from recurrent_drafting.checkpoint import CONFIG, WEIGHTS, load_drafter, save_drafter
 from recurrent_drafting.config import RecurrentDraftingConfig
 from recurrent_drafting.drafter import Drafter
 from recurrent_drafting.errors import ModelError, UsageError
@@ -181,7 +181,7 @@ def convert(args: Any) -> int:
     else:
         drafter = chosen.read(Path(args.source))
         _make_empty(target)
-        drafter.save_pretrained(target)
+        save_drafter(drafter, target)
     sys.stdout.write(f"{target}: {args.format} {args.action} of {args.source}\n")
     return 0
 

@@ -16,10 +16,9 @@ from recurrent_drafting import (
     Drafter,
     SamplingConfig,
     SpeculativeDecoder,
-    chat,
 )
 from recurrent_drafting.chat import Chat, ChatSettings, Piece, ReplyStreamer, Terminal, TextStream
-from recurrent_drafting.evaluation import StopStrings, decode
+from recurrent_drafting.evaluation import BROKEN, StopStrings, decode
 from tests.text_models import load_verifier, make_tokenizer, save_base, save_drafter
 
 
@@ -254,5 +253,5 @@ def test_stream_equals_plain_decoding(decoders: Any) -> None:
     sampling = replace(SamplingConfig(), temperature=1.5)
     output = decoders[1].generate([[0, 9, 9]], max_new_tokens=60, sampling=sampling, streamer=streamer)
     whole = decode(tokenizer, output.sequences[0])
-    assert "".join(piece.text for piece in shown) == whole.rstrip(chat._BROKEN)
+    assert "".join(piece.text for piece in shown) == whole.rstrip(BROKEN)
     assert streamer.stats().tau == output.stats.tau

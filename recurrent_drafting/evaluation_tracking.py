@@ -1,0 +1,101 @@
+"""Evaluations in Weights & Biases: settings by an allowlist, figures, and one table of rows."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from recurrent_drafting.errors import NetworkError, UsageError
+from recurrent_drafting.evaluation import plain, speedup
+
+DEFAULT_PROJECT = "recurrent-drafting"
+# What leaves the machine besides figures. Nothing of the environment, the command line or the code does.
+_NAMES = ("base_model", "speculator_path")
+_SUMMARY_SETTINGS = ("method", "base_note", "dtype", "device", "batch_size", "temperature")
+_SETTINGS = ("max_new_tokens", "max_prompt_length", "turns", "sampling", "stop", "beam", "grid")
+_ROW_COLUMNS = ("question_id", "category", "turn", "prompt_tokens", "tokens", "seconds", "tau", "identical", "text")
+_POINT_COLUMNS = (
+    *("temperature", "width", "length", "max_nodes", "speedup_median", "speedup_min", "speedup_max"),
+    *("tokens_per_second", "tau", "mean_tree_nodes", "identical", "compared"),
+)
+
+
+def require_wandb() -> None:
+    """Check that the package is there.
+
+    Raises:
+        UsageError: it is not; how to install it.
+    """
+    if importlib.util.find_spec("wandb") is None:
+        raise UsageError("--use_wandb: Weights & Biases is not installed; run: pip install wandb")
+
+
+def log(record: dict[str, Any], project: str | None) -> None:
+    """Write the record of an evaluation or a sweep as one run of its own.
+
+    Args:
+        record: what was measured.
+        project: None takes ``WANDB_PROJECT``, else the default project.
+
+    Raises:
+        UsageError: no login.
+        NetworkError: the service did not answer.
+    """
+    wandb, errors = importlib.import_module("wandb"), importlib.import_module("wandb.errors")
+    settings = wandb.Settings(disable_git=True, disable_code=True, x_disable_meta=True, x_disable_stats=True)
+    chosen = project or settings.project or DEFAULT_PROJECT
+    keep = "set WANDB_MODE=offline to keep the run on disk"
+    try:
+        kind = "sweep" if "sweep" in record else "evaluation"
+        with wandb.init(project=chosen, job_type=kind, config=config(record), settings=settings) as run:
+            columns, rows = table(record)
+            run.log({kind: wandb.Table(columns=list(columns), data=rows)})
+            run.summary.update(figures(record))
+    except errors.CommError as error:
+        raise NetworkError(f"Weights & Biases did not answer: {_first_line(error)}; {keep}") from error
+    except (errors.UsageError, errors.AuthenticationError) as error:
+        raise UsageError(f"Weights & Biases: {_first_line(error)}; run wandb login, or {keep}") from error
+
+
+def config(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that are told to the tracker; of a local path its last name only."""
+    summary = record.get("summary") or record["sweep"]
+    told = {name: summary[name] for name in _SUMMARY_SETTINGS if name in summary}
+    for name in _NAMES:
+        value = summary.get(name)
+        told[name] = Path(value).name if value and Path(value).expanduser().exists() else value
+    told |= {name: record["settings"][name] for name in _SETTINGS if name in record["settings"]}
+    return dict(plain(told))
+
+
+def figures(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures of the run as a whole, flat."""
+    if "sweep" in record:
+        return {f"recommended_{name}": value for name, value in record["sweep"]["recommended"].items()}
+    found: dict[str, Any] = {}
+    for name, value in record["summary"].items():
+        if name in _SUMMARY_SETTINGS or name in _NAMES:
+            continue
+        if isinstance(value, dict):
+            found |= {f"{name}/{key}": item for key, item in value.items()}
+        elif isinstance(value, list):
+            found |= {f"{name}/{index}": item for index, item in enumerate(value, 1)}
+        else:
+            found[name] = value
+    return dict(plain(found))
+
+
+def table(record: dict[str, Any]) -> tuple[tuple[str, ...], list[list[Any]]]:
+    """Return the columns and rows of an evaluation's prompts or a sweep's points."""
+    if "sweep" in record:
+        rows = [[point[name] for name in _POINT_COLUMNS] for point in record["sweep"]["points"]]
+        return _POINT_COLUMNS, plain(rows)
+    rows = [[str(row.get("question_id")), *(row.get(name) for name in _ROW_COLUMNS[1:])] for row in record["rows"]]
+    gains = [speedup(row) for row in record["rows"]]
+    return (*_ROW_COLUMNS, "speedup"), plain([[*row, gain] for row, gain in zip(rows, gains, strict=True)])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
