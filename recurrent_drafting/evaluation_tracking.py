@@ -44,7 +44,9 @@ def log(record: dict[str, Any], project: str | None) -> None:
         NetworkError: the service did not answer.
     """
     wandb, errors = importlib.import_module("wandb"), importlib.import_module("wandb.errors")
-    settings = wandb.Settings(disable_git=True, disable_code=True, x_disable_meta=True, x_disable_stats=True)
+    settings = wandb.Settings(
+        disable_git=True, disable_code=True, x_disable_meta=True, x_disable_stats=True, x_save_requirements=False
+    )
     chosen = project or settings.project or DEFAULT_PROJECT
     keep = "set WANDB_MODE=offline to keep the run on disk"
     try:
