@@ -31,7 +31,7 @@ setup(
     python_requires=">=3.10",
     packages=["recurrent_drafting"],
     package_data={"recurrent_drafting": ["py.typed", "data/*.safetensors", "templates/*.html"]},
-    py_modules=["train_speculator", "generate_speculator"],
+    py_modules=["train_speculator", "generate_speculator", "huggingface_deployment"],
     install_requires=requirements(),
     extras_require={
         "dev": [

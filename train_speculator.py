@@ -9,24 +9,30 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
+import math
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recurrent_drafting import cli
 from recurrent_drafting.assets import DEFAULT_BASE
-from recurrent_drafting.errors import DataError, ModelError, UsageError
+from recurrent_drafting.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from recurrent_drafting import Drafter, Verifier
-    from recurrent_drafting.data import TokenDataset
+    from recurrent_drafting.data import Conversation, TokenDataset
+    from recurrent_drafting.estimate import ExpectedData
     from recurrent_drafting.trainer import DrafterTrainer, TrainingArguments
 
 # What --quick sets; any flag given on the command line wins.
@@ -48,6 +54,8 @@ QUICK = {
     "save_strategy": "no",
 }
 QUICK_PROMPTS, QUICK_TOKENS = 16, 64
+# New tokens per prompt of the short decode that ends every training run.
+SERVE_CHECK_TOKENS = 32
 
 
 def build_parser() -> cli.ArgumentParser:
@@ -70,6 +78,9 @@ def build_parser() -> cli.ArgumentParser:
     run.add_argument("--trust_remote_code", action="store_true", help="let the base run its own Python code")
     run.add_argument("--overwrite_output_dir", action="store_true", help="write into a directory that is not empty")
     run.add_argument("--warmup_ratio", type=float, help="share of the steps that warm up")
+    run.add_argument("--serve_check_prompts", type=int, default=4, help="prompts decoded after training; 0 = none")
+    run.add_argument("--dry_run", action="store_true", help="print what the run would be and take; train nothing")
+    run.add_argument("--yes", action="store_true", help="regenerate a large data set, whatever it takes")
     run.add_argument("--debug", action="store_true", help="print tracebacks")
     model = parser.add_argument_group("drafter")
     model.add_argument("--exit_dim_multiplier", type=float, default=1.0, help="exit_dim as a multiple of H")
@@ -85,7 +96,6 @@ def build_parser() -> cli.ArgumentParser:
         ".json/.jsonl/.parquet/.txt file",
     )
     source.add_argument("--dataset_split", help="split of a hub data set (default: its usual one)")
-    source.add_argument("--targets", choices=("ground_truth", "regenerated"), default="regenerated")
     source.add_argument("--model_max_length", type=int, default=512, help="tokens; longer rows are cut")
     source.add_argument("--max_train_samples", type=int)
     source.add_argument("--max_eval_samples", type=int, default=64)
@@ -93,7 +103,43 @@ def build_parser() -> cli.ArgumentParser:
     source.add_argument("--hidden_state_cache", metavar="DIR", help="store the base's states once, reuse them")
     source.add_argument("--rebuild_cache", action="store_true", help="compute damaged shards of that cache anew")
     source.add_argument("--skip_bad_rows", action="store_true", help="leave malformed rows out and count them")
+    add_targets(parser)
     return parser
+
+
+def add_targets(parser: cli.ArgumentParser) -> None:
+    """Describe what is predicted and by what it is judged."""
+    from recurrent_drafting.distillation import DistilConfig
+    from recurrent_drafting.trainer import TrainingArguments
+
+    group = parser.add_argument_group("targets and objective")
+    targets = group.add_mutually_exclusive_group()
+    targets.add_argument("--targets", choices=("ground_truth", "regenerated", "distilled"), default="regenerated")
+    targets.add_argument(
+        "--use_distilled_dataset",
+        action="store_const",
+        dest="targets",
+        const="distilled",
+        default=argparse.SUPPRESS,
+        help="the same as --targets distilled",
+    )
+    group.add_argument("--distill_num_future_tokens", type=int, default=DistilConfig.num_future_tokens)
+    group.add_argument("--distill_temperature", type=float, default=DistilConfig.temperature, help="0 is greedy")
+    group.add_argument("--distill_max_examples", type=int, help="training rows that are distilled; others are left out")
+    objective = group.add_mutually_exclusive_group()
+    objective.add_argument(
+        "--objective",
+        default=TrainingArguments.objective,
+        help="ce, kl or expected_length; distilled targets are tokens alone, so their default is ce",
+    )
+    objective.add_argument(
+        "--use_knowledge_distillation",
+        action="store_const",
+        dest="objective",
+        const="kl",
+        default=argparse.SUPPRESS,
+        help="the same as --objective kl; see --kd_temperature and --kd_alpha",
+    )
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, TrainingArguments]:
@@ -107,12 +153,20 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Tra
     if "--quick" in argv:
         parser.set_defaults(**QUICK, bf16=_bf16_pays(argv))
     args = parser.parse_args(argv)
+    if args.targets == "distilled":
+        parser.set_defaults(objective="ce")
+        args = parser.parse_args(argv)
     check_arguments(args)
     args.output_dir = args.output_dir or _default_output_dir(args)
     if args.warmup_ratio is not None:
         args.warmup_steps = args.warmup_ratio
     names = {item.name for item in fields(TrainingArguments) if item.init} - {"debug"}
     training = TrainingArguments(**{name: value for name, value in vars(args).items() if name in names})
+    if args.targets == "distilled" and training.kl_share:
+        raise UsageError(
+            f"--targets distilled with --objective {args.objective}: KL needs the verifier's distribution along the "
+            "text, continuations have tokens alone; use --objective ce or --kd_alpha 0"
+        )
     if training.report_to and not training.use_wandb and "--report_to" not in argv:
         training.report_to = []
     return args, training
@@ -124,11 +178,19 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         UsageError: with the range or the choices.
     """
-    least = {"model_max_length": 3, "max_train_samples": 1, "max_eval_samples": 1}
+    least = {"model_max_length": 3, "max_train_samples": 1, "max_eval_samples": 1, "serve_check_prompts": 0}
+    least.update(distill_num_future_tokens=1, distill_max_examples=1)
     for name, minimum in least.items():
         value = getattr(args, name)
         if value is not None and value < minimum:
             raise UsageError(f"--{name} must be >= {minimum}, got {value}")
+    if not 0 <= args.distill_temperature < math.inf:
+        raise UsageError(f"--distill_temperature must be >= 0 and finite, got {args.distill_temperature}")
+    if args.targets == "distilled" and args.distill_num_future_tokens < args.drafter_predict_n_tokens:
+        raise UsageError(
+            f"--distill_num_future_tokens must be >= --drafter_predict_n_tokens ({args.drafter_predict_n_tokens}), "
+            f"got {args.distill_num_future_tokens}"
+        )
     if args.phase == "eval" and not args.drafter_name_or_path:
         raise UsageError("--phase eval measures a drafter: name it with --drafter_name_or_path")
 
@@ -152,8 +214,24 @@ def _default_output_dir(args: argparse.Namespace) -> str:
     return str(path)
 
 
-def check_output_dir(args: argparse.Namespace) -> None:
-    """Refuse an output directory that holds something or cannot be written.
+@contextmanager
+def claim_output_dir(args: argparse.Namespace) -> Iterator[None]:
+    """Hold the output directory for this run alone, and clear what a killed one left half-written.
+
+    Raises:
+        UsageError: it holds something, cannot be written or belongs to another run.
+    """
+    from recurrent_drafting import manifest, run_guard
+
+    path = Path(args.output_dir)
+    check_output_dir(args, leftovers={manifest.PARTIAL, run_guard.LOCK})
+    with run_guard.only_run(path):
+        manifest.remove_partial(path)
+        yield
+
+
+def check_output_dir(args: argparse.Namespace, leftovers: set[str]) -> None:
+    """Refuse an output directory that holds something besides a killed run's leftovers, or cannot be written.
 
     Raises:
         UsageError: with what to pass instead.
@@ -161,7 +239,7 @@ def check_output_dir(args: argparse.Namespace) -> None:
     path = Path(args.output_dir)
     goes_on = args.overwrite_output_dir or args.resume_from_checkpoint
     try:
-        if path.exists() and any(path.iterdir()) and not goes_on:
+        if path.exists() and {item.name for item in path.iterdir()} - leftovers and not goes_on:
             raise UsageError(
                 f"--output_dir {path} is not empty: expected a new directory; pass --resume_from_checkpoint, "
                 "--overwrite_output_dir or another directory"
@@ -190,11 +268,19 @@ def load_data(
         )
         print(f"data: {report.read} conversations from {args.dataset_name}, left out {report.skipped or 'none'}")
         if args.targets == "regenerated":
+            require_consent(args, verifier, tokenizer, conversations)
             rows = distillation.regenerate(conversations, verifier, tokenizer, args.model_max_length)
         else:
-            only = args.train_on_assistant_only
-            rows = [data.encode(c, tokenizer, args.model_max_length, assistant_only=only) for c in conversations]
-    rows, cut = data.truncate(rows[: args.max_train_samples], args.model_max_length)
+            rows, encoded = data.encode_all(
+                conversations,
+                tokenizer,
+                args.model_max_length,
+                assistant_only=args.train_on_assistant_only,
+                skip_bad_rows=args.skip_bad_rows,
+            )
+            print(f"data: {encoded.read} rows rendered, left out {encoded.skipped or 'none'}")
+    made = len(rows := rows[: args.max_train_samples])
+    rows, cut = data.truncate(rows, args.model_max_length)
     training, evaluation = data.split(rows, args.max_eval_samples)
     if len(training) < args.per_device_train_batch_size:
         raise DataError(
@@ -203,31 +289,140 @@ def load_data(
         )
     print(
         f"data: {len(training)} training rows ({training.reply_tokens} reply tokens), "
-        f"{len(evaluation)} evaluation rows, {cut} cut at {args.model_max_length} tokens"
+        f"{len(evaluation)} evaluation rows, {cut} cut at {args.model_max_length} tokens, "
+        f"{made - len(rows)} left out without a reply token before that"
     )
+    if args.targets == "distilled":
+        if args.phase == "train":
+            training = distilled(args, verifier, training, args.distill_max_examples)
+        evaluation = distilled(args, verifier, evaluation, None)
     return training, evaluation
 
 
-def with_hidden_states(args: argparse.Namespace, verifier: Verifier, rows: TokenDataset, scratch: str) -> TokenDataset:
+def distilled(args: argparse.Namespace, verifier: Verifier, rows: TokenDataset, limit: int | None) -> TokenDataset:
+    """Give the first ``limit`` rows the base's own continuations at every position; leave the others out."""
+    from recurrent_drafting import data, distillation
+
+    config = distillation.DistilConfig(args.distill_num_future_tokens, args.distill_temperature, args.seed)
+    start = time.perf_counter()
+    found = data.TokenDataset(distillation.distil(rows.rows[:limit], verifier, config))
+    positions = sum(len(row.continuations) for row in found.rows if row.continuations is not None)
+    print(
+        f"distilled targets: {len(found)} rows, {positions} positions of {config.num_future_tokens} tokens, "
+        f"{time.perf_counter() - start:.1f} s"
+    )
+    return found
+
+
+def require_consent(
+    args: argparse.Namespace, verifier: Verifier, tokenizer: PreTrainedTokenizerBase, conversations: list[Conversation]
+) -> None:
+    """Stop before days of writing replies that nobody asked for.
+
+    Raises:
+        UsageError: it would take long, and neither --yes nor --max_train_samples is given.
+    """
+    from recurrent_drafting import estimate
+
+    if args.yes or args.max_train_samples is not None:
+        return
+    expected = estimate.written_replies(conversations, tokenizer, args.model_max_length)
+    hours = estimate.writing_seconds(verifier, expected) / 3600
+    replies = f"{expected.replies_written} replies of the base, at most {hours:.2f} h"
+    print(f"regenerated targets: {replies}")
+    if hours > estimate.LARGE_HOURS:
+        raise UsageError(
+            f"--targets regenerated takes {replies}: pass --yes to start, --max_train_samples N for a part, "
+            "or --targets ground_truth"
+        )
+
+
+def expect_data(args: argparse.Namespace, verifier: Verifier, tokenizer: PreTrainedTokenizerBase) -> ExpectedData:
+    """Return what the data set of the run will be, without making it."""
+    from recurrent_drafting import data, estimate
+
+    if args.dataset_name == "self":
+        return estimate.self_written(verifier, tokenizer, args.max_train_samples)
+    conversations, _ = data.load_dataset_by_name(
+        args.dataset_name, split=args.dataset_split, max_rows=args.max_train_samples, skip_bad_rows=args.skip_bad_rows
+    )
+    if args.targets == "regenerated":
+        return estimate.written_replies(conversations, tokenizer, args.model_max_length)
+    only = args.train_on_assistant_only
+    return estimate.given_replies(conversations, tokenizer, args.model_max_length, assistant_only=only)
+
+
+def dry_run(args: argparse.Namespace, training: TrainingArguments) -> int:
+    """Print the resolved run and what it would take; train nothing, write nothing."""
+    from dataclasses import fields
+
+    from recurrent_drafting import estimate
+    from recurrent_drafting.data import TokenDataset, load_tokenizer
+
+    usual = {item.name: item.default for item in fields(training)}
+    given = {name: value for name, value in vars(args).items() if name not in usual or value != usual[name]}
+    print(json.dumps({name: value for name, value in given.items() if value is not None}, indent=2, default=str))
+    verifier, tokenizer = load_base(args, training), load_tokenizer(args.llm_name_or_path, args.revision)
+    expected = expect_data(args, verifier, tokenizer)
+    rows = TokenDataset(expected.rows)
+    with tempfile.TemporaryDirectory(prefix="dry-run-") as scratch:
+        training.output_dir, training.report_to = scratch, []
+        # What the sample's replies would make of the draft vocabulary says nothing.
+        with contextlib.redirect_stdout(io.StringIO()):
+            drafter = make_drafter(args, verifier, rows, tokenizer)
+        trainer = make_trainer(training, verifier, drafter, (rows, rows))
+        found = estimate.run(trainer, expected, stored_states=bool(args.hidden_state_cache or args.quick))
+    print(
+        f"data: {expected.count} rows of {expected.tokens_per_row:.0f} tokens, {expected.replies_written} to be written"
+    )
+    print(found.describe())
+    print("dry run: nothing was trained or written")
+    return 0
+
+
+def load_base(args: argparse.Namespace, training: TrainingArguments) -> Verifier:
+    """Load the base in the dtype of the run."""
+    from recurrent_drafting import Verifier
+
+    dtype = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
+    print(f"base: {args.llm_name_or_path} ({dtype})")
+    device = "cpu" if training.use_cpu else "auto"
+    return Verifier.from_pretrained(
+        args.llm_name_or_path, dtype, device, revision=args.revision, trust_remote_code=args.trust_remote_code
+    )
+
+
+def with_hidden_states(
+    args: argparse.Namespace, training: TrainingArguments, verifier: Verifier, rows: TokenDataset, scratch: str
+) -> TokenDataset:
     """Store the base's states of the training rows; --quick does it in a scratch directory, others on request."""
+    from recurrent_drafting import distributed
     from recurrent_drafting.hidden_cache import CachedDataset, HiddenStateCache
 
-    directory = args.hidden_state_cache or (scratch if args.quick else None)
-    if directory is None:
+    if not (args.hidden_state_cache or args.quick):
         return rows
-    cache = HiddenStateCache(Path(directory), verifier, rows)
-    cost = cache.cost()
-    print(f"hidden states: {cost.tokens} tokens, {cost.bytes / 1e6:.0f} MB, about {cost.seconds:.0f} s, in {directory}")
-    cache.write(rebuild=args.rebuild_cache)
-    return CachedDataset(rows, cache)
+
+    def write() -> Path:
+        directory = Path(args.hidden_state_cache or scratch)
+        cache = HiddenStateCache(directory, verifier, rows)
+        cost = cache.cost()
+        size = f"{cost.tokens} tokens, {cost.bytes / 1e6:.0f} MB, about {cost.seconds:.0f} s"
+        print(f"hidden states: {size}, in {directory}")
+        cache.write(rebuild=args.rebuild_cache)
+        return directory
+
+    return CachedDataset(rows, HiddenStateCache(distributed.from_first_rank(training, write), verifier, rows))
 
 
-def make_drafter(args: argparse.Namespace, verifier: Verifier, rows: TokenDataset) -> Drafter:
+def make_drafter(
+    args: argparse.Namespace, verifier: Verifier, rows: TokenDataset, tokenizer: PreTrainedTokenizerBase
+) -> Drafter:
     """Load the drafter that was named, or make a new one that starts from the verifier."""
     import torch
 
     from recurrent_drafting import Drafter, RecurrentDraftingConfig
     from recurrent_drafting.checkpoint import load_drafter
+    from recurrent_drafting.data import tokenizer_fingerprint
     from recurrent_drafting.decoding import check_fit
     from recurrent_drafting.trainer import choose_draft_vocabulary, initialise_from_verifier
 
@@ -251,6 +446,7 @@ def make_drafter(args: argparse.Namespace, verifier: Verifier, rows: TokenDatase
             beam_length=args.beam_length,
             verifier_name_or_path=args.llm_name_or_path,
             verifier_fingerprint=verifier.fingerprint,
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         )
     )
     initialise_from_verifier(drafter, verifier, token_ids)
@@ -269,30 +465,25 @@ def make_trainer(
     )
 
 
-def find_checkpoint(args: argparse.Namespace, drafter: Drafter) -> str | None:
-    """Return the checkpoint to go on from, None for a new run; "True" is the newest one of the output directory.
+def find_checkpoint(
+    args: argparse.Namespace, training: TrainingArguments, drafter: Drafter, rows: TokenDataset
+) -> str | None:
+    """Return the checkpoint to go on from, None for a new run; "True" is the newest complete one.
 
     Raises:
         UsageError: there is none.
-        ModelError: it holds a drafter of another shape.
+        ModelError: it is torn or of another run.
     """
-    from transformers.trainer_utils import get_last_checkpoint
-
-    from recurrent_drafting import RecurrentDraftingConfig
-    from recurrent_drafting.checkpoint import load_drafter
+    from recurrent_drafting import resume
 
     wanted = args.resume_from_checkpoint
-    if not wanted or wanted == "False":
+    if not wanted:
         return None
-    path = get_last_checkpoint(args.output_dir) if wanted == "True" else wanted
-    if path is None or not Path(path).is_dir():
-        raise UsageError(f"--resume_from_checkpoint {wanted}: expected a directory, found none; name one, or drop it")
-    found, now = load_drafter(path).config.to_dict(), drafter.config.to_dict()
-    names = [name for name in RecurrentDraftingConfig.__annotations__ if name in now]
-    changed = [f"{name} {found.get(name)!r}, now {now[name]!r}" for name in names if found.get(name) != now[name]]
-    if changed:
-        raise ModelError(f"{path} was begun with {'; '.join(changed)}; repeat those or begin a new run")
-    return str(path)
+    record = resume.run_record(
+        training.decisive(), training.world_size, drafter.config, resume.data_fingerprint(rows.rows)
+    )
+    path = resume.find_checkpoint(wanted, Path(args.output_dir), record)
+    return None if path is None else str(path)
 
 
 def measure(args: argparse.Namespace, trainer: DrafterTrainer, tokenizer: Any) -> Path:
@@ -326,46 +517,76 @@ def write_report(args: argparse.Namespace, trainer: DrafterTrainer, results: Map
     print(f"report: {path}")
 
 
-def execute(args: argparse.Namespace, training: TrainingArguments) -> int:
-    """Run what the command line asks for."""
-    from recurrent_drafting import Verifier
-    from recurrent_drafting.data import load_tokenizer
+def evaluate(trainer: DrafterTrainer, rows: TokenDataset) -> int:
+    """Print loss, accuracies and simulated tau of the rows, and the tau of decoding their prompts."""
+    from recurrent_drafting import train_serve
 
-    check_output_dir(args)
-    dtype = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
-    print(f"base: {args.llm_name_or_path} ({dtype})")
-    device = "cpu" if training.use_cpu else "auto"
-    verifier = Verifier.from_pretrained(
-        args.llm_name_or_path, dtype, device, revision=args.revision, trust_remote_code=args.trust_remote_code
-    )
-    tokenizer = load_tokenizer(args.llm_name_or_path, args.revision)
-    training_rows, evaluation_rows = load_data(args, verifier, tokenizer)
-    drafter = make_drafter(args, verifier, training_rows)
-    print(f"drafter: {drafter.num_parameters() / 1e6:.2f} M parameters")
-    if args.phase == "eval":
-        trainer = make_trainer(training, verifier, drafter, (training_rows, evaluation_rows))
-        print(json.dumps(trainer.evaluate(), indent=2))
-        return 0
-    checkpoint = find_checkpoint(args, drafter)
-    with tempfile.TemporaryDirectory(prefix="hidden-states-", ignore_cleanup_errors=True) as scratch:
-        training_rows = with_hidden_states(args, verifier, training_rows, scratch)
-        trainer = make_trainer(training, verifier, drafter, (training_rows, evaluation_rows))
-        trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = trainer.evaluate()
+    if trainer.args.process_index == 0:
+        prompts, longest = train_serve.prompts_of(rows.rows), max(sum(row.loss_mask) for row in rows.rows)
+        report = train_serve.compare(trainer.verifier, trainer.drafter, prompts, trainer.beam(), longest)
+        served = {
+            "served_prompts": report.prompts,
+            "served_tau": report.served.tau,
+            "served_acceptance_by_depth": report.served.acceptance_by_depth,
+            "served_text_simulated_tau": report.simulated.tau,
+        }
+        print(json.dumps({**metrics, **served}, indent=2))
+    return 0
+
+
+def finish(args: argparse.Namespace, trainer: DrafterTrainer, rows: TokenDataset) -> None:
+    """Evaluate and save the trained drafter, and compare what it simulates with what it serves."""
+    from recurrent_drafting import tracking, train_serve
+
     metrics = trainer.evaluate()
     trainer.save_model(args.output_dir)
     trainer.save_state()
     print(f"simulated tau on held-out rows: {metrics['eval_simulated_tau']:.3f}")
     print(f"drafter saved: {args.output_dir}")
-    if args.quick:
-        print(f"results: {measure(args, trainer, tokenizer)}")
-        print(
-            "next:\n"
-            f"  python generate_speculator.py --interactive --speculator_path {args.output_dir}\n"
-            f"  python generate_speculator.py --eval_mt_bench --compare --speculator_path {args.output_dir}"
-        )
-    else:
-        write_report(args, trainer, {})
+    if trainer.args.process_index or not args.serve_check_prompts:
+        return
+    prompts = train_serve.prompts_of(rows.rows, args.serve_check_prompts)
+    report = train_serve.compare(trainer.verifier, trainer.drafter, prompts, trainer.beam(), SERVE_CHECK_TOKENS)
+    print(f"train equals serve: {report.summary()}")
+    table = train_serve.evaluation_table(metrics, report)
+    tracking.log_table(trainer.callback_handler.callbacks, table, trainer.state.global_step)
+
+
+def execute(args: argparse.Namespace, training: TrainingArguments) -> int:
+    """Run what the command line asks for."""
+    from recurrent_drafting import distributed, tracking
+    from recurrent_drafting.data import load_tokenizer
+
+    verifier, tokenizer = load_base(args, training), load_tokenizer(args.llm_name_or_path, args.revision)
+    training_rows, evaluation_rows = distributed.from_first_rank(training, lambda: load_data(args, verifier, tokenizer))
+    drafter = make_drafter(args, verifier, training_rows, tokenizer)
+    print(f"drafter: {drafter.num_parameters() / 1e6:.2f} M parameters")
+    if args.phase == "eval":
+        return evaluate(make_trainer(training, verifier, drafter, (training_rows, evaluation_rows)), evaluation_rows)
+    checkpoint = find_checkpoint(args, training, drafter, training_rows)
+    with tempfile.TemporaryDirectory(prefix="hidden-states-", ignore_cleanup_errors=True) as scratch:
+        training_rows = with_hidden_states(args, training, verifier, training_rows, scratch)
+        trainer = make_trainer(training, verifier, drafter, (training_rows, evaluation_rows))
+        with tracking.closing(trainer.callback_handler.callbacks):
+            trainer.train(resume_from_checkpoint=checkpoint)
+            finish(args, trainer, evaluation_rows)
+    if training.process_index == 0:
+        conclude(args, trainer, tokenizer)
     return 0
+
+
+def conclude(args: argparse.Namespace, trainer: DrafterTrainer, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the report; after --quick measure first, and say what to run next."""
+    if not args.quick:
+        write_report(args, trainer, {})
+        return
+    print(f"results: {measure(args, trainer, tokenizer)}")
+    print(
+        "next:\n"
+        f"  python generate_speculator.py --interactive --speculator_path {args.output_dir}\n"
+        f"  python generate_speculator.py --eval_mt_bench --compare --speculator_path {args.output_dir}"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -373,8 +594,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
 
     def body() -> int:
+        from recurrent_drafting import distributed
+
         args, training = parse_arguments(argv)
-        return execute(args, training)
+        distributed.check_world(training)
+        with distributed.one_voice(training):
+            if args.dry_run:
+                return dry_run(args, training)
+            with claim_output_dir(args) if training.should_save else nullcontext():
+                return execute(args, training)
 
     return cli.run(body, debug)
 

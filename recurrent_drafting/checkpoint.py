@@ -1,20 +1,57 @@
-"""Load drafters: checks before anything is read, and errors that say what does not fit."""
+"""Save drafters whole or not at all; load them with checks first, and errors that say what does not fit."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import runpy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from recurrent_drafting import manifest
 from recurrent_drafting.config import RecurrentDraftingConfig
 from recurrent_drafting.drafter import Drafter
 from recurrent_drafting.errors import ModelError, NetworkError
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+INDEX = f"{WEIGHTS}.index.json"
+
+
+def save_drafter(drafter: Drafter, directory: str | Path, fingerprints: Mapping[str, str | None] | None = None) -> None:
+    """Write config, weights and manifest; they appear when all of them are on the disk.
+
+    Args:
+        drafter: the drafter.
+        directory: new, or one whose files of these names are replaced.
+        fingerprints: of what it was made from besides what its config knows, e.g. ``data``.
+
+    Raises:
+        ResourceError: the disk is full; what was there stays.
+    """
+    record = {"fingerprints": {**config_fingerprints(drafter.config), **(fingerprints or {})}}
+    with manifest.files_of(Path(directory), record) as partial:
+        drafter.save_pretrained(partial)
+
+
+def config_fingerprints(config: RecurrentDraftingConfig) -> dict[str, str | None]:
+    """Return the identities that a drafter's config knows; ``None`` is unknown."""
+    fields = json.dumps(config_fields(config), sort_keys=True)
+    return {
+        "verifier": config.verifier_fingerprint,
+        "tokenizer": config.tokenizer_fingerprint,
+        "configuration": hashlib.sha256(fields.encode()).hexdigest(),
+    }
+
+
+def config_fields(config: RecurrentDraftingConfig) -> dict[str, Any]:
+    """Return a drafter's own settings, without what the library adds."""
+    values = config.to_dict()
+    return {name: values[name] for name in RecurrentDraftingConfig.__annotations__ if name in values}
 
 
 def is_drafter(directory: Path) -> bool:
@@ -35,7 +72,10 @@ def load_drafter(name_or_path: str, revision: str | None = None) -> Drafter:
     """
     path = Path(name_or_path)
     if path.exists():
+        _check_links(path)
         _check_directory(path)
+        if (path / manifest.MANIFEST).exists():
+            manifest.read(path)
         _check_header(path)
     try:
         loaded: Any = Drafter.from_pretrained(
@@ -56,6 +96,18 @@ def load_drafter(name_or_path: str, revision: str | None = None) -> Drafter:
     drafter: Drafter = loaded[0]
     _check_weights(drafter, loaded[1], name_or_path)
     return drafter
+
+
+def _check_links(path: Path) -> None:
+    """Refuse files that lead out of the directory, as an index of shards or a link can."""
+    if (path / INDEX).is_symlink() or (path / INDEX).exists():
+        raise ModelError(f"{path / INDEX}: expected one {WEIGHTS}, found an index of shards; save the drafter again")
+    # The hub's cache keeps a snapshot's files as links into its own blobs.
+    inside = (path.resolve(), path.resolve().parent.parent / "blobs")
+    for name in (CONFIG, WEIGHTS, manifest.MANIFEST):
+        target = (path / name).resolve()
+        if not any(target.is_relative_to(directory) for directory in inside):
+            raise ModelError(f"{path / name}: expected a file of its own directory, found a link to {target}; copy it")
 
 
 def _check_directory(path: Path) -> None:
@@ -110,3 +162,8 @@ def _check_weights(drafter: Drafter, info: dict[str, object], name: str) -> None
     ids, vocab_size = drafter.draft_token_ids, drafter.config.vocab_size
     if not bool((ids.diff() > 0).all()) or int(ids[0]) < 0 or int(ids[-1]) >= vocab_size:
         raise ModelError(f"drafter {name}: expected draft_token_ids rising in 0..{vocab_size - 1}; download it again")
+
+
+if __name__ == "__main__":
+    # The layouts stand below this module, so their command line is run, not imported.
+    runpy.run_module("recurrent_drafting.formats", run_name="__main__", alter_sys=True)

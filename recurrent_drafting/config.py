@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from recurrent_drafting.errors import UsageError
 
@@ -221,3 +221,6 @@ class RecurrentDraftingConfig(PretrainedConfig):
             _require(valid, "draft_vocab_size", expected, self.draft_vocab_size)
         BeamConfig(width=self.beam_width, length=self.beam_length)
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
+
+
+AutoConfig.register(RecurrentDraftingConfig.model_type, RecurrentDraftingConfig, exist_ok=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,8 @@ class EncodedRow:
         cut: the conversation was longer than the row.
         greedy: the verifier wrote the reply at temperature 0; None where it is not its own text.
         hidden: the verifier's hidden states where they are stored, ``[T, H]``.
+        continuations: distilled targets, int64 ``[P, n]``: what the verifier says after the root of each
+            of the P positions that ``supervised`` names; -1 behind the end of a continuation.
     """
 
     input_ids: list[int]
@@ -72,6 +76,19 @@ class EncodedRow:
     cut: bool = False
     greedy: bool | None = None
     hidden: Tensor | None = None
+    continuations: Tensor | None = None
+
+
+def supervised(loss_mask: Tensor) -> Tensor:
+    """Tell which positions t are supervised: those whose root t + 1 and first target t + 2 belong to a reply.
+
+    Args:
+        loss_mask: bool ``[..., T]``.
+
+    Returns:
+        bool ``[..., T - 2]``.
+    """
+    return loss_mask[..., 1:-1] & loss_mask[..., 2:]
 
 
 @dataclass
@@ -128,7 +145,8 @@ class Collator:
     def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
         """Return ``input_ids`` int64, ``attention_mask`` and ``loss_mask`` bool, each ``[B, T]``.
 
-        Where the rows bring hidden states, ``hidden`` ``[B, T, H]`` as well.
+        Where the rows bring hidden states, ``hidden`` ``[B, T, H]`` as well; where they bring distilled
+        targets, ``continuations`` int64 ``[B, P, n]``, -1 behind a row's own P.
         """
         shape = (len(rows), max(len(row.input_ids) for row in rows))
         batch = {
@@ -144,6 +162,9 @@ class Collator:
         states = [row.hidden for row in rows if row.hidden is not None]
         if states:
             batch["hidden"] = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
+        branches = [row.continuations for row in rows if row.continuations is not None]
+        if branches:
+            batch["continuations"] = torch.nn.utils.rnn.pad_sequence(branches, batch_first=True, padding_value=-1)
         return batch
 
 
@@ -428,7 +449,8 @@ def load_dataset_by_name(
     Args:
         name: a path, ``mtbench``, or a key of ``HUB_SOURCES``; a path that exists wins.
         split: split of a hub set; the set's usual one by default.
-        max_rows: rows that are read; None reads all.
+        max_rows: rows that are read; None reads all. A part of a hub set is streamed, so that the
+            rest is not downloaded.
         skip_bad_rows: leave malformed rows out and count them instead of stopping.
 
     Raises:
@@ -458,20 +480,25 @@ def _hub_rows(name: str, source: HubSource, split: str | None, max_rows: int | N
     datasets = importlib.import_module("datasets")
     hub_errors = importlib.import_module("huggingface_hub.errors")
     wanted = split or source.split
-    if max_rows is not None:
-        wanted = f"{wanted}[:{max_rows}]"
+    # A slice of a split ("train[:1%]") cannot be streamed.
+    streaming = max_rows is not None and "[" not in wanted
+    number = 0
     try:
         rows = datasets.load_dataset(
-            source.repository, source.configuration, data_files=source.data_files, split=wanted
+            source.repository,
+            source.configuration,
+            data_files=source.data_files,
+            split=wanted,
+            streaming=streaming,
         )
+        for number, row in enumerate(islice(rows, max_rows), start=1):
+            if row.get("text") != "":
+                yield f"{name}: row {number}", row
     except (OSError, ValueError, hub_errors.HfHubHTTPError) as error:
         raise NetworkError(
-            f"--dataset_name {name} ({source.repository}, split {wanted}) did not load from the hub: "
-            f"{_first_line(error)}; check the network and the split, or {_ALTERNATIVE}"
+            f"--dataset_name {name} ({source.repository}, split {wanted}) did not load from the hub after "
+            f"{number} rows: {_first_line(error)}; check the network and the split, or {_ALTERNATIVE}"
         ) from error
-    for number, row in enumerate(rows, start=1):
-        if row.get("text") != "":
-            yield f"{name}: row {number}", row
 
 
 def _first_line(error: BaseException) -> str:
@@ -632,6 +659,12 @@ def load_tokenizer(name_or_path: str, revision: str | None = None, *, trust_remo
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise DataError(f"no tokenizer for {name_or_path}: {_first_line(error)}; save one beside the model") from error
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Return the identity of a vocabulary: the SHA-256 of its tokens with their ids."""
+    tokens = sorted((index, token) for token, index in tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
 
 
 # Packed rows

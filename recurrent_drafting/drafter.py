@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from recurrent_drafting.config import RecurrentDraftingConfig
 
@@ -126,3 +126,6 @@ class Drafter(PreTrainedModel):
     def forward(self, context: Tensor, embeddings: Tensor) -> Tensor:
         """Do what ``unroll`` does: the part of a training step that wrappers of the model see."""
         return self.unroll(context, embeddings)
+
+
+AutoModel.register(RecurrentDraftingConfig, Drafter, exist_ok=True)

@@ -47,3 +47,16 @@ class NetworkError(RecurrentDraftingError):
     """Report a registry, hub or login that did not answer as needed (exit code 7)."""
 
     exit_code = 7
+
+
+class InterruptionError(RecurrentDraftingError):
+    """Report a run that a signal ended in good order (exit code 128 + signal: 130, 143).
+
+    Args:
+        message: what was saved and how to go on.
+        signal_number: of the signal.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

@@ -117,6 +117,11 @@ class VerifierCache(Cache):
             self.lengths[row] = start + len(path)
         self._slots = None
 
+    def rewind(self, lengths: Sequence[int]) -> None:
+        """Forget what was committed behind the given length of each row, in tokens."""
+        self.lengths = list(lengths)
+        self._slots = None
+
     @torch.inference_mode()
     def select(self, rows: Sequence[int]) -> None:
         """Keep only the given rows, in the given order; the others leave the batch."""

@@ -127,23 +127,38 @@ def audit(decoder: SpeculativeDecoder, pairs: Sequence[Pair], settings: Settings
     same_in_float64 = [False] * len(differing) if exact else _rerun(decoder, differing, settings)
     for found, same in zip(differing, same_in_float64, strict=True):
         pair = _uncut(decoder, found, settings) if settings.stop else found
-        logits, epsilon = _token_by_token(decoder.verifier, pair)
-        reason = _structural_reason(pair, settings, logits, epsilon) if same else "the texts differ in float64 as well"
-        report.structural += bool(reason)
-        report.near_ties += not reason
-        report.epsilon = max(report.epsilon or 0.0, epsilon)
-        report.details.append(
-            {
-                "request_id": pair.request_id,
-                "position": pair.divergence,
-                "baseline": pair.baseline[pair.divergence : pair.divergence + 1],
-                "speculative": pair.speculative[pair.divergence : pair.divergence + 1],
-                "epsilon": epsilon,
-                "verdict": "structural" if reason else "near-tie",
-                "reason": reason or "equal in float64; both picks within epsilon",
-            }
-        )
+        judge(report, decoder.verifier, pair, settings, same)
     return report
+
+
+def judge(report: LosslessReport, verifier: Verifier, pair: Pair, settings: Settings, same_in_float64: bool) -> None:
+    """Classify one pair of differing texts and add the verdict to a report.
+
+    Args:
+        report: what is added to.
+        verifier: wrote both texts.
+        pair: the texts; the first of them token by token.
+        settings: what both were written with.
+        same_in_float64: whether they are equal when both are written in float64.
+    """
+    logits, epsilon = _token_by_token(verifier, pair)
+    reason = "the texts differ in float64 as well"
+    if same_in_float64:
+        reason = _structural_reason(pair, settings, logits, epsilon)
+    report.structural += bool(reason)
+    report.near_ties += not reason
+    report.epsilon = max(report.epsilon or 0.0, epsilon)
+    report.details.append(
+        {
+            "request_id": pair.request_id,
+            "position": pair.divergence,
+            "baseline": pair.baseline[pair.divergence : pair.divergence + 1],
+            "speculative": pair.speculative[pair.divergence : pair.divergence + 1],
+            "epsilon": epsilon,
+            "verdict": "structural" if reason else "near-tie",
+            "reason": reason or "equal in float64; both picks within epsilon",
+        }
+    )
 
 
 def _rerun(decoder: SpeculativeDecoder, pairs: Sequence[Pair], settings: Settings) -> list[bool]:

@@ -102,6 +102,11 @@ class MeanMetrics:
         self.sums[name] = self.sums.get(name, 0.0) + total
         self.counts[name] = self.counts.get(name, 0.0) + count
 
+    def merge(self, other: MeanMetrics) -> None:
+        """Add another one's sums and counts to this one's."""
+        for name in other.sums:
+            self.add(name, other.sums[name], other.counts[name])
+
     def pop_means(self) -> dict[str, float]:
         """Return the means since the last call and start anew; names without counts are left out."""
         means = {name: self.sums[name] / self.counts[name] for name in self.sums if self.counts[name]}

@@ -213,8 +213,11 @@ class Sampler:
         if self._counts is not None:
             self._counts[row, token] += 1
         if self.noise is not None:
-            length = self._prompt_lengths[row] + len(self._generated[row])
-            self.noise.forget(self._requests[row], length)
+            request = self._requests[row]
+            # Branches of one text share its request: what another of them still needs stays.
+            rows = [other for other, owner in enumerate(self._requests) if owner == request]
+            least = min(self._prompt_lengths[other] + len(self._generated[other]) for other in rows)
+            self.noise.forget(request, least)
 
     def upcoming_noise(self, rows: Sequence[int], count: int, skip: int = 0) -> Tensor | None:
         """Return the noise of the next positions, float64 ``[R, count, V]``, or None if greedy.

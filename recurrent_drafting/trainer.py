@@ -6,29 +6,40 @@ position, one loss value per position and depth, normalised here.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils.data import Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler, Subset
+from transformers.integrations.integration_utils import WandbCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from recurrent_drafting import beam_search, losses
+from recurrent_drafting import beam_search, data, distributed, losses, resume, tracking
 from recurrent_drafting.config import BeamConfig
 from recurrent_drafting.data import TokenDataset
 from recurrent_drafting.draft_tree import DraftTree
 from recurrent_drafting.drafter import Drafter
 from recurrent_drafting.errors import DataError, NumericsError, UsageError
 from recurrent_drafting.metrics import DecodingStats, MeanMetrics
+from recurrent_drafting.resumable_trainer import ResumableTrainer
 from recurrent_drafting.verifier import Verifier
 
-OBJECTIVES = ("ce", "kl")
+OBJECTIVES = ("ce", "kl", "expected_length")
 AUTO_DRAFT_VOCABULARY = 8192
+Counters = TypeVar("Counters", DecodingStats, MeanMetrics)
+# Of the base class's arguments those that decide what the weights become; our own all do, but for the reports.
+DECISIVE = (
+    "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1",
+    "adam_beta2", "adam_epsilon", "max_grad_norm", "seed", "data_seed", "bf16", "fp16", "train_sampling_strategy",
+    "dataloader_drop_last", "average_tokens_across_devices",
+)  # fmt: skip
+_REPORTS = ("drafter_top_k", "use_wandb", "wandb_project", "wandb_run_name")
 
 
 @dataclass
@@ -39,11 +50,16 @@ class TrainingArguments(transformers.TrainingArguments):
         drafter_predict_n_tokens: depths K that are trained.
         drafter_num_layers: residual blocks of a drafter that is made new.
         drafter_top_k: accuracies are reported for top-1 and top-k.
-        objective: "kl" (the verifier's distribution) or "ce" (the text's own tokens).
-        kd_alpha: share of KL when the objective is kl; cross-entropy has the rest.
+        objective: "kl" (the verifier's distribution), "ce" (the text's own tokens) or "expected_length"
+            (of the chain along the text that is accepted).
+        expected_length_share: share of the expected length when that is the objective; KL and
+            cross-entropy have the rest. It has no depth weights.
+        kd_alpha: share of KL beside cross-entropy, unless the objective is ce.
         kd_temperature: divisor of the verifier's logits in the KL target.
         depth_decay: weight of depth k is ``depth_decay ** (k - 1)``.
         use_wandb: report to Weights & Biases.
+        wandb_project: its project; default ``WANDB_PROJECT``.
+        wandb_run_name: name of the run there; the same as ``run_name``.
     """
 
     learning_rate: float = field(default=5e-4)
@@ -51,23 +67,35 @@ class TrainingArguments(transformers.TrainingArguments):
     train_sampling_strategy: str = field(default="group_by_length")
     remove_unused_columns: bool = field(default=False)
     logging_nan_inf_filter: bool = field(default=False)
+    # A rank that hangs is noticed within a minute.
+    ddp_timeout: int = field(default=60)
+    # The head's weight is used in the loss, outside the forward that a search would look at.
+    ddp_find_unused_parameters: bool | None = field(default=False)
     drafter_predict_n_tokens: int = field(default=4)
     drafter_num_layers: int = field(default=2)
     drafter_top_k: int = field(default=5)
     objective: str = field(default="kl")
+    expected_length_share: float = field(default=1.0)
     kd_alpha: float = field(default=1.0)
     kd_temperature: float = field(default=1.0)
     depth_decay: float = field(default=0.9)
     use_wandb: bool = field(default=False)
+    wandb_project: str | None = field(default=None)
+    wandb_run_name: str | None = field(default=None)
 
     def __post_init__(self) -> None:
         self._check()
+        trackers = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or [])
+        if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
+            self.metric_for_best_model = "simulated_tau"
         if self.use_wandb:
-            if importlib.util.find_spec("wandb") is None:
-                raise UsageError("use_wandb: Weights & Biases is not installed; run: pip install wandb")
-            self.report_to = ["wandb"]
+            trackers = [*(name for name in trackers if name not in ("none", "all", "wandb")), "wandb"]
+            self.report_to = trackers
+        tracking.require_installed(trackers)
+        self.run_name = self.wandb_run_name or self.run_name
         if not torch.cuda.is_available() and not torch.backends.mps.is_available():
             self.use_cpu = True
+        distributed.begin(self)
         try:
             super().__post_init__()  # type: ignore[no-untyped-call]
         except ValueError as error:
@@ -75,10 +103,7 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def _check(self) -> None:
         """Refuse what the base class lets pass until it fails in the middle of a run."""
-        if self.objective not in OBJECTIVES:
-            raise UsageError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
-        if not 0 <= self.kd_alpha <= 1:
-            raise UsageError(f"kd_alpha must be in [0, 1], got {self.kd_alpha}")
+        self._check_objective()
         for name in ("kd_temperature", "depth_decay", "drafter_predict_n_tokens", "drafter_top_k"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"{name} must be > 0 and finite, got {getattr(self, name)}")
@@ -89,13 +114,37 @@ class TrainingArguments(transformers.TrainingArguments):
             if getattr(self, name) < minimum:
                 raise UsageError(f"{name} must be >= {minimum}, got {getattr(self, name)}")
 
+    def _check_objective(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise UsageError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
+        for name in ("kd_alpha", "expected_length_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+
+    @property
+    def length_share(self) -> float:
+        """Return the share of the expected accepted length in the loss."""
+        return self.expected_length_share if self.objective == "expected_length" else 0.0
+
+    @property
+    def kl_share(self) -> float:
+        """Return the share of KL in what the expected length leaves; 0 where it leaves nothing."""
+        return 0.0 if self.objective == "ce" or self.length_share == 1 else self.kd_alpha
+
+    def decisive(self) -> dict[str, Any]:
+        """Return the settings that a resumed run must share with the one it goes on from."""
+        own = {name for name in TrainingArguments.__annotations__ if name not in _REPORTS}
+        values: dict[str, Any] = self.to_dict()  # type: ignore[no-untyped-call]
+        return {name: value for name, value in values.items() if name in own or name in DECISIVE}
+
 
 @dataclass(frozen=True)
 class Supervision:
     """The supervised positions of a batch, flattened to P positions of K depths.
 
     Position t has hidden state h_t and known root x_{t+1}; depth k predicts x_{t+1+k} from them and
-    x_{t+2} .. x_{t+k}. It is supervised where root and first target belong to a reply.
+    x_{t+2} .. x_{t+k}. It is supervised where root and first target belong to a reply. With distilled
+    targets the tokens after the root are those of the position's own continuation.
 
     Args:
         rows: batch row of each position, int64 ``[P]``.
@@ -103,6 +152,7 @@ class Supervision:
         known: tokens x_{t+1} .. x_{t+K}, int64 ``[P, K]``.
         targets: tokens x_{t+2} .. x_{t+1+K}, int64 ``[P, K]``.
         valid: depths whose target belongs to the reply, bool ``[P, K]``.
+        distilled: the tokens after the root are a continuation's, not the text's.
     """
 
     rows: Tensor
@@ -110,12 +160,12 @@ class Supervision:
     known: Tensor
     targets: Tensor
     valid: Tensor
+    distilled: bool = False
 
     @classmethod
     def from_batch(cls, input_ids: Tensor, loss_mask: Tensor, depths: int) -> Supervision:
         """Collect the supervised positions of ``input_ids`` and ``loss_mask``, both ``[B, T]``."""
-        supervised = loss_mask[:, 1:-1] & loss_mask[:, 2:]
-        rows, positions = supervised.nonzero(as_tuple=True)
+        rows, positions = data.supervised(loss_mask).nonzero(as_tuple=True)
         offsets = positions.unsqueeze(1) + torch.arange(1, depths + 2, device=input_ids.device)
         inside = offsets < input_ids.shape[1]
         offsets = offsets.clamp(max=input_ids.shape[1] - 1)
@@ -124,6 +174,29 @@ class Supervision:
         # A reply that ends takes the deeper targets with it, even if another turn follows.
         valid = real[:, 1:].cumprod(dim=1).bool()
         return cls(rows, positions, window[:, :-1], window[:, 1:], valid)
+
+    @classmethod
+    def from_continuations(
+        cls, input_ids: Tensor, loss_mask: Tensor, continuations: Tensor, depths: int
+    ) -> Supervision:
+        """Collect the same positions with distilled targets, ``continuations`` ``[B, P, n]``.
+
+        Raises:
+            UsageError: the continuations are shorter than the depths.
+        """
+        if continuations.shape[2] < depths:
+            raise UsageError(
+                f"distilled targets hold {continuations.shape[2]} future tokens and {depths} depths are trained: "
+                "raise --distill_num_future_tokens or lower --drafter_predict_n_tokens"
+            )
+        supervised = data.supervised(loss_mask)
+        rows, positions = supervised.nonzero(as_tuple=True)
+        places = torch.arange(continuations.shape[1], device=continuations.device)
+        targets = continuations[places < supervised.sum(dim=1, keepdim=True)][:, :depths]
+        root = input_ids[rows, positions + 1].unsqueeze(1)
+        valid = targets >= 0
+        targets = targets.clamp(min=0)
+        return cls(rows, positions, torch.cat([root, targets[:, :-1]], dim=1), targets, valid, distilled=True)
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -155,7 +228,7 @@ class LengthGroupedSampler(Sampler[int]):
         return iter(get_length_grouped_indices(self._lengths, self._batch_size, generator=generator))
 
 
-class DrafterTrainer(transformers.Trainer):
+class DrafterTrainer(ResumableTrainer):
     """Train a drafter against a frozen verifier.
 
     Args:
@@ -172,6 +245,8 @@ class DrafterTrainer(transformers.Trainer):
         self.drafter = model
         self._means = MeanMetrics()
         super().__init__(model=model, args=args, **kwargs)
+        if self.pop_callback(WandbCallback) is not None:
+            self.add_callback(tracking.WandbRun(args.wandb_project))
         # The loss is divided by the step's item count below, accumulation and ranks included.
         self.model_accepts_loss_kwargs = True
 
@@ -197,7 +272,8 @@ class DrafterTrainer(transformers.Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the means since the last log to the Trainer's own figures."""
         if "loss" in logs:
-            logs = {**logs, **self._means.pop_means()}
+            logs = {**logs, **self._of_all_ranks(self._means).pop_means()}
+            self._means = MeanMetrics()
         super().log(logs, *args, **kwargs)
 
     def evaluate(
@@ -215,7 +291,7 @@ class DrafterTrainer(transformers.Trainer):
         stats = DecodingStats()
         self.drafter.train(False)
         with torch.no_grad():
-            for rows in self.get_eval_dataloader(eval_dataset):
+            for rows in self._eval_batches(eval_dataset):
                 inputs = self._prepare_inputs(rows)
                 hidden = self._hidden_states(inputs)
                 with self.compute_loss_context_manager():
@@ -223,8 +299,9 @@ class DrafterTrainer(transformers.Trainer):
                     result = self._head_loss(self.drafter, inputs, batch, hidden)
                     self._means.add("loss", float(result.total), int(batch.valid.sum()))
                     self._record(batch, result)
-                    simulate(self.drafter, self.verifier, inputs, hidden, self._beam(), stats)
-        means = self._means.pop_means()
+                    simulate(self.drafter, self.verifier, inputs, hidden, self.beam(), stats)
+        means = self._of_all_ranks(self._means).pop_means()
+        stats = self._of_all_ranks(stats)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         self._means = training_means
         metrics[f"{metric_key_prefix}_simulated_tau"] = stats.tau
@@ -232,12 +309,40 @@ class DrafterTrainer(transformers.Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _eval_batches(self, eval_dataset: Any) -> Any:
+        """Return this rank's batches; together the ranks see every row once, none twice."""
+        ranks = self.args.world_size
+        if ranks == 1:
+            return self.get_eval_dataloader(eval_dataset)
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        own = Subset(rows, range(self.args.process_index, len(rows), ranks))
+        return DataLoader(own, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
+
+    def _of_all_ranks(self, counters: Counters) -> Counters:
+        """Return the sum of every rank's counters."""
+        every = distributed.gather(self.args, counters)
+        for item in every[1:]:
+            every[0].merge(item)
+        return every[0]
+
+    def run_record(self) -> dict[str, Any]:
+        """Return what the manifests of this run's checkpoints say about it."""
+        return resume.run_record(
+            self.args.decisive(), self.args.world_size, self.drafter.config, self._data_fingerprint
+        )
+
+    @cached_property
+    def _data_fingerprint(self) -> str | None:
+        """Return the identity of the training rows; it is computed once, not at every checkpoint."""
+        rows = self.train_dataset
+        return resume.data_fingerprint(rows.rows) if isinstance(rows, TokenDataset) else None
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Group by length, which the base class can do for data sets of its own kind only."""
         rows = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length" or not isinstance(rows, TokenDataset):
             return super()._get_train_sampler(train_dataset)
-        step_rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        step_rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return LengthGroupedSampler([len(row.input_ids) for row in rows.rows], step_rows, seed)
 
@@ -251,12 +356,16 @@ class DrafterTrainer(transformers.Trainer):
         """Return the factor that undoes the gradient averaging over ranks."""
         return self.args.world_size if self.args.average_tokens_across_devices else 1
 
-    def _beam(self) -> BeamConfig:
+    def beam(self) -> BeamConfig:
+        """Return the shape of beams and tree that evaluation uses: the drafter's own, of fixed size."""
         config = self.drafter.config
         return BeamConfig(width=config.beam_width, length=config.beam_length)
 
     def _supervise(self, inputs: dict[str, Tensor]) -> Supervision:
-        return Supervision.from_batch(inputs["input_ids"], inputs["loss_mask"], self.args.drafter_predict_n_tokens)
+        ids, mask, depths = inputs["input_ids"], inputs["loss_mask"], self.args.drafter_predict_n_tokens
+        if "continuations" in inputs:
+            return Supervision.from_continuations(ids, mask, inputs["continuations"], depths)
+        return Supervision.from_batch(ids, mask, depths)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """Count supervised (position, depth) pairs; the base class counts ``labels``, which we have not."""
@@ -296,12 +405,24 @@ class DrafterTrainer(transformers.Trainer):
     def _targets(self, batch: Supervision, hidden: Tensor) -> losses.HeadTargets:
         """Collect hard targets, and the verifier's distribution once per position of the text."""
         ids = _inverse(self.drafter.draft_token_ids, self.drafter.config.vocab_size)[batch.targets[batch.valid]]
-        kl_share = self.args.kd_alpha if self.args.objective == "kl" else 0.0
-        if not kl_share:
-            return losses.HeadTargets(ids=ids, table=None, index=ids, kl_share=0.0)
-        depths = torch.arange(1, batch.valid.shape[1] + 1, device=ids.device)
+        depths = torch.arange(batch.valid.shape[1], device=ids.device)
+        targets = losses.HeadTargets(
+            ids=ids,
+            table=None,
+            index=ids,
+            kl_share=0.0,
+            depths=depths.expand_as(batch.valid)[batch.valid],
+            length_share=self.args.length_share,
+        )
+        if not self.args.kl_share:
+            return targets
+        if batch.distilled:
+            raise UsageError(
+                f"objective {self.args.objective} with distilled targets: KL needs the verifier's distribution along "
+                "the text, continuations have tokens alone; use --objective ce or --kd_alpha 0"
+            )
         # The target of depth k is the verifier's distribution at position t + k.
-        flat = batch.rows.unsqueeze(1) * hidden.shape[1] + batch.positions.unsqueeze(1) + depths
+        flat = batch.rows.unsqueeze(1) * hidden.shape[1] + batch.positions.unsqueeze(1) + depths + 1
         unique, index = flat[batch.valid].unique(return_inverse=True)
         # Rows that no target points to; see losses.ROW_MULTIPLE.
         unique = nn.functional.pad(unique, (0, -len(unique) % losses.ROW_MULTIPLE))
@@ -309,10 +430,11 @@ class DrafterTrainer(transformers.Trainer):
             logits = self.verifier.head(hidden.flatten(0, 1)[unique], self.drafter.draft_token_ids)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             table = (logits / self.args.kd_temperature).softmax(dim=-1)
-        return losses.HeadTargets(ids=ids, table=table, index=index, kl_share=kl_share)
+        return replace(targets, table=table, index=index, kl_share=self.args.kl_share)
 
     def _record(self, batch: Supervision, result: losses.HeadLoss) -> None:
-        """Add per-depth losses and teacher-forced accuracies to the running means."""
+        """Add the expected length, per-depth losses and teacher-forced accuracies to the running means."""
+        self._means.add("expected_length", float(result.paths.sum()), int(batch.valid[:, 0].sum()))
         depth = torch.arange(1, batch.valid.shape[1] + 1, device=batch.valid.device).expand_as(batch.valid)[batch.valid]
         for k in range(1, batch.valid.shape[1] + 1):
             here = depth == k
@@ -330,7 +452,7 @@ def simulate(
     hidden: Tensor,
     beam: BeamConfig,
     stats: DecodingStats,
-) -> None:
+) -> list[list[int]]:
     """Walk the verifier's own text as decoding would and count what each step accepts.
 
     The same beam search and tree as in decoding; only the picks come from the text. A row's walk
@@ -343,7 +465,11 @@ def simulate(
         hidden: what feeds the LM head, ``[B, T, H]``.
         beam: shape of the beams and the tree.
         stats: counters that are added to.
+
+    Returns:
+        Accepted length of each step, per row of the batch.
     """
+    steps: list[list[int]] = [[] for _ in inputs["loss_mask"]]
     spans = list(_reply_spans(inputs["loss_mask"]))
     rows = [row for row, _, _ in spans]
     roots = [start for _, start, _ in spans]
@@ -361,7 +487,9 @@ def simulate(
         for i, accepted, text in zip(live, _follow(tree, texts), texts, strict=True):
             emitted = min(accepted + 1, len(text))
             stats.count_step(min(accepted, emitted))
+            steps[rows[i]].append(min(accepted, emitted))
             roots[i] += emitted
+    return steps
 
 
 def _follow(tree: DraftTree, texts: Sequence[Sequence[int]]) -> list[int]:

@@ -204,14 +204,48 @@ class Verifier:
         Returns:
             Logits ``[B, 1, V]`` and hidden states ``[B, 1, H]`` at each row's last token.
         """
-        ids, lengths = self._right_padded(prompts)
-        width = ids.shape[1]
-        positions = torch.arange(width, device=self.device).expand(len(prompts), -1)
-        causal = positions.unsqueeze(1) <= positions.unsqueeze(2)
-        hidden = self._forward(ids, positions, causal, positions, cache)
+        hidden, lengths = self.read(prompts, cache), cache.lengths
         last = torch.tensor(lengths, device=hidden.device) - 1
         hidden = hidden[torch.arange(len(lengths), device=hidden.device), last].unsqueeze(1)
+        return VerifierOutput(logits=self.head(hidden), hidden=hidden)
+
+    @torch.inference_mode()
+    def read(self, texts: Sequence[Sequence[int]], cache: VerifierCache) -> Tensor:
+        """Run texts into an empty cache and return what feeds the LM head at every position.
+
+        Args:
+            texts: token ids per row, without padding; lengths may differ.
+            cache: empty, with room for the texts.
+
+        Returns:
+            ``[B, T, H]``; positions behind a row's text hold no meaning.
+        """
+        ids, lengths = self._right_padded(texts)
+        width = ids.shape[1]
+        positions = torch.arange(width, device=self.device).expand(len(texts), -1)
+        causal = positions.unsqueeze(1) <= positions.unsqueeze(2)
+        hidden = self._forward(ids, positions, causal, positions, cache)
         cache.keep([range(length) for length in lengths])
+        return hidden
+
+    @torch.inference_mode()
+    def branch(self, tokens: Tensor, cuts: Tensor, depth: int, cache: VerifierCache) -> VerifierOutput:
+        """Run the next token of R branches that leave each cached text at places of their own.
+
+        A branch sees its text up to its cut, and itself. The caller commits all R with ``cache.keep``
+        before the next token, and takes the branches back with ``cache.rewind``.
+
+        Args:
+            tokens: one token per branch, int64 ``[B, R]``.
+            cuts: text tokens that each branch follows, int64 ``[B, R]``.
+            depth: tokens of each branch before this one, committed behind the text.
+            cache: the texts, and behind each ``depth`` times R entries.
+
+        Returns:
+            Logits ``[B, R, V]`` and hidden states ``[B, R, H]`` per branch.
+        """
+        allowed, key_positions = self._branch_mask(cuts, depth, cache)
+        hidden = self._forward(tokens, cuts + depth, allowed, key_positions, cache)
         return VerifierOutput(logits=self.head(hidden), hidden=hidden)
 
     @torch.inference_mode()
@@ -280,6 +314,24 @@ class Verifier:
         ancestors = tree.ancestor_mask().gather(2, index.unsqueeze(1).expand(-1, nodes, -1))
         allowed = (ancestors & inside.unsqueeze(1)) | (offset < 0).unsqueeze(1)
         key_positions = torch.where(inside, positions.gather(1, index), slots)
+        return allowed, key_positions
+
+    def _branch_mask(self, cuts: Tensor, depth: int, cache: VerifierCache) -> tuple[Tensor, Tensor]:
+        """Let each branch see its text up to its cut and its own entries among those behind the text.
+
+        Returns:
+            allowed bool ``[B, R, S]`` and the position of each slot ``[B, S]``, S = max_length + R.
+        """
+        batch, branches = cuts.shape
+        slots = torch.arange(cache.max_length + branches, device=cuts.device).expand(batch, -1)
+        texts = torch.tensor(cache.lengths, device=cuts.device) - depth * branches
+        offset = slots - texts.unsqueeze(1)
+        written = (offset >= 0) & (offset < (depth + 1) * branches)
+        owner = offset % branches
+        own = owner.unsqueeze(1) == torch.arange(branches, device=cuts.device).view(1, -1, 1)
+        # A cut lies within its text, so the slots below it hold text.
+        allowed = (slots.unsqueeze(1) < cuts.unsqueeze(2)) | (own & written.unsqueeze(1))
+        key_positions = torch.where(written, cuts.gather(1, owner) + offset // branches, slots)
         return allowed, key_positions
 
     def _attention_mask(self, allowed: Tensor, positions: Tensor, key_positions: Tensor) -> Any:

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from recurrent_drafting import Drafter, RecurrentDraftingConfig
-from recurrent_drafting.checkpoint import is_drafter, load_drafter
+from recurrent_drafting import Drafter, RecurrentDraftingConfig, manifest
+from recurrent_drafting.checkpoint import config_fingerprints, is_drafter, load_drafter, save_drafter
 from recurrent_drafting.errors import ModelError, NetworkError
 
 SIZES: dict[str, Any] = {"hidden_size": 8, "vocab_size": 20, "num_draft_layers": 1}
@@ -83,6 +83,29 @@ def index_outside(folder: Path) -> None:
     (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
 
 
+def index_beside(folder: Path) -> None:
+    """Leave the weights in place: the index must not even be looked into."""
+    index = {"metadata": {}, "weight_map": {"head.weight": "/etc/hostname"}}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+
+
+def link_outside(name: str) -> Callable[[Path], object]:
+    def damage(folder: Path) -> None:
+        (folder / name).rename(folder.parent / f"outside-{name}")
+        (folder / name).symlink_to(Path("..") / f"outside-{name}")
+
+    return damage
+
+
+def index_is_a_link(folder: Path) -> None:
+    (folder / f"{WEIGHTS}.index.json").symlink_to("/no/such/index")
+
+
+def declare_huge_header(folder: Path) -> None:
+    """Promise a header of 2^60 bytes."""
+    (folder / WEIGHTS).write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
+
+
 def fill(name: str, value: float) -> Callable[[Path], None]:
     return lambda folder: edit_weights(folder, lambda tensors: tensors[name].view(-1)[-1].fill_(value))
 
@@ -120,12 +143,17 @@ def test_a_saved_drafter_loads_to_the_same_bits(tmp_path: Path, dtype: torch.dty
         (lambda folder: edit_config(folder, vocab_size=1 << 40), "head.weight"),
         (lambda folder: (folder / WEIGHTS).unlink(), WEIGHTS),
         (pickle_only, f"{WEIGHTS}: found pytorch_model.bin, which may run code when loaded; convert with"),
-        (index_outside, WEIGHTS),
+        (index_outside, f"{WEIGHTS}.index.json: expected one {WEIGHTS}, found an index of shards"),
+        (index_beside, f"{WEIGHTS}.index.json: expected one {WEIGHTS}, found an index of shards"),
+        (index_is_a_link, f"{WEIGHTS}.index.json: expected one {WEIGHTS}, found an index of shards"),
+        (link_outside(WEIGHTS), f"{WEIGHTS}: expected a file of its own directory, found a link to"),
+        (link_outside(CONFIG), f"{CONFIG}: expected a file of its own directory, found a link to"),
         (lambda folder: cut_weights(folder, 0.9), WEIGHTS),
         (lambda folder: cut_weights(folder, 0.1), WEIGHTS),
         (lambda folder: cut_weights(folder, 0.0), WEIGHTS),
         (flip_header, WEIGHTS),
         (declare_huge, WEIGHTS),
+        (declare_huge_header, WEIGHTS),
         (lambda folder: edit_weights(folder, lambda tensors: tensors.pop("head.weight")), f"{WEIGHTS}: head.weight"),
         (
             lambda folder: edit_weights(folder, lambda tensors: tensors.update(surplus=torch.ones(2))),
@@ -143,6 +171,64 @@ def test_a_damaged_directory_is_refused_by_name(folder: Path, damage: Callable[[
         load_drafter(str(folder))
     message = str(caught.value)
     assert str(folder) in message and named in message
+
+
+def test_saving_writes_a_manifest_that_loading_checks(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    first = Drafter(RecurrentDraftingConfig(**SIZES, verifier_fingerprint="a1", tokenizer_fingerprint="b2"))
+    second = Drafter(RecurrentDraftingConfig(**{**SIZES, "num_draft_layers": 2}))
+    for drafter in (first, second):  # the second replaces the first
+        save_drafter(drafter, tmp_path / "drafter", {"data": "d4"})
+        assert sorted(path.name for path in (tmp_path / "drafter").iterdir()) == [CONFIG, "manifest.json", WEIGHTS]
+        loaded, before = load_drafter(str(tmp_path / "drafter")).state_dict(), drafter.state_dict()
+        assert before.keys() == loaded.keys() and all(before[name].equal(loaded[name]) for name in before)
+        found = manifest.read(tmp_path / "drafter")["fingerprints"]
+        assert (found["verifier"], found["tokenizer"]) == (
+            drafter.config.verifier_fingerprint,
+            drafter.config.tokenizer_fingerprint,
+        )
+        assert found["data"] == "d4" and len(found["configuration"]) == 64
+    assert config_fingerprints(first.config)["configuration"] != found["configuration"]
+    assert config_fingerprints(second.config)["configuration"] == found["configuration"]
+
+
+def flip_one_weight(folder: Path) -> None:
+    raw = bytearray((folder / WEIGHTS).read_bytes())
+    raw[-1] ^= 1
+    (folder / WEIGHTS).write_bytes(bytes(raw))
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (flip_one_weight, f"{WEIGHTS}: expected SHA-256 [0-9a-f]+, found [0-9a-f]+"),
+        (lambda folder: cut_weights(folder, 0.9), rf"{WEIGHTS}: expected \d+ bytes, found \d+"),
+        (lambda folder: edit_config(folder, beam_width=3), rf"{CONFIG}: expected \d+ bytes, found \d+"),
+        (lambda folder: (folder / WEIGHTS).unlink(), f"holds no {WEIGHTS}"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json: expected a manifest"),
+        (link_outside("manifest.json"), "manifest.json: expected a file of its own directory"),
+    ],
+)
+def test_what_the_manifest_does_not_say_is_refused(
+    tmp_path: Path, damage: Callable[[Path], object], named: str
+) -> None:
+    folder = tmp_path / "drafter"
+    save_drafter(Drafter(RecurrentDraftingConfig(**SIZES)), folder)
+    damage(folder)
+    with pytest.raises(ModelError, match=named) as caught:
+        load_drafter(str(folder))
+    assert str(folder) in str(caught.value)
+
+
+def test_a_snapshot_of_the_hubs_cache_is_made_of_links(saved: Path, tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True), blobs.mkdir()
+    for name in (CONFIG, WEIGHTS):
+        shutil.copy(saved / name, blobs / f"{name}-hash")
+        (snapshot / name).symlink_to(Path("../../blobs") / f"{name}-hash")
+    (tmp_path / "link").symlink_to(snapshot)
+    for path in (snapshot, tmp_path / "link"):
+        assert load_drafter(str(path)).head.weight.equal(load_drafter(str(saved)).head.weight)
 
 
 def test_a_file_is_no_drafter(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +21,9 @@ from recurrent_drafting.data import Collator, EncodedRow, TokenDataset, Turn
 from recurrent_drafting.errors import DataError, NetworkError, UsageError
 
 TOKENIZER_CLASS: Any = PreTrainedTokenizerFast
-SPECIAL = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>")
+HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+SPECIAL = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", *HEADERS)
+ROLES = ("<|system|>", "<|user|>", "<|assistant|>")  # words to Zephyr's tokenizer
 WORDS = ("hello", "world", "how", "are", "you", "fine", "system", "user", "assistant", "model", "be", "kind")
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -52,7 +54,7 @@ DIALOGUE = (
 
 def make_tokenizer(template: str | None, eos: str = "</s>") -> Any:
     """Build a tokenizer whose tokens are words, single blanks, line breaks and special tokens."""
-    pieces = (*SPECIAL, "<unk>", "\n", " ", "[INST]", "[/INST]", "USER:", "ASSISTANT:", "SYSTEM:", *WORDS)
+    pieces = (*SPECIAL, "<unk>", "\n", " ", "[INST]", "[/INST]", "USER:", "ASSISTANT:", "SYSTEM:", *ROLES, *WORDS)
     backend = Tokenizer(models.WordLevel({piece: index for index, piece in enumerate(pieces)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n| |[^\s]+"), "isolated")
     backend.decoder = decoders.Fuse()
@@ -122,20 +124,43 @@ def test_loss_mask_is_exact_to_the_token(template: str | None, eos: str, text: s
     assert row.input_ids[:first] == data.render(tokenizer, [{"role": "user", "content": "hello"}], ask=True)
 
 
-def test_loss_mask_token_by_token_over_two_turns() -> None:
-    tokenizer = make_tokenizer(CHATML, "<|im_end|>")
-    row = data.encode(DIALOGUE, tokenizer, 512)
-    tokens = [(tokenizer.decode([token]), kept) for token, kept in zip(row.input_ids, row.loss_mask, strict=True)]
-    skipped = ["<|im_start|>", "user", "\n", "hello", "<|im_end|>", "\n", "<|im_start|>", "assistant", "\n"]
-    later = ["\n", *skipped[:3], "how", " ", "are", " ", "you", *skipped[4:]]
-    expected = [
-        *((token, False) for token in skipped),
-        *((token, True) for token in ("hello", " ", "world", "<|im_end|>")),
-        *((token, False) for token in later),
-        *((token, True) for token in ("fine", "<|im_end|>")),
-        ("\n", False),
-    ]
-    assert tokens == expected
+# The templates of Llama 3, Zephyr and ChatML as published, tokenised so that every piece is a token.
+LLAMA3 = (
+    "{% for m in messages %}{{ (bos_token if loop.first else '') }}"
+    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+ZEPHYR = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token }}{{ '\n' }}"
+    "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% endfor %}"
+)
+# "+" marks the tokens that are supervised; blanks separate tokens, "_" is a blank and "/" a line break.
+CHATML_MARKS = """<|im_start|> system / be _ kind <|im_end|> / <|im_start|> user / hello <|im_end|> / <|im_start|>
+    assistant / +hello +_ +world +<|im_end|> / <|im_start|> user / how _ are _ you <|im_end|> / <|im_start|>
+    assistant / +fine +<|im_end|> /"""
+LLAMA3_MARKS = """<s> <|start_header_id|> system <|end_header_id|> / / be _ kind <|eot_id|> <|start_header_id|> user
+    <|end_header_id|> / / hello <|eot_id|> <|start_header_id|> assistant <|end_header_id|> / / +hello +_ +world
+    +<|eot_id|> <|start_header_id|> user <|end_header_id|> / / how _ are _ you <|eot_id|> <|start_header_id|>
+    assistant <|end_header_id|> / / +fine +<|eot_id|>"""
+ZEPHYR_MARKS = """<|system|> / be _ kind </s> / <|user|> / hello </s> / <|assistant|> / +hello +_ +world +</s> /
+    <|user|> / how _ are _ you </s> / <|assistant|> / +fine +</s> /"""
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "marks"),
+    [(CHATML, "<|im_end|>", CHATML_MARKS), (LLAMA3, "<|eot_id|>", LLAMA3_MARKS), (ZEPHYR, "</s>", ZEPHYR_MARKS)],
+    ids=["chatml", "llama 3", "zephyr"],
+)
+@pytest.mark.parametrize("length", [512, 20])
+def test_loss_mask_token_by_token_over_two_turns(template: str, eos: str, marks: str, length: int) -> None:
+    tokenizer = make_tokenizer(template, eos)
+    row = data.encode((Turn("system", "be kind"), *DIALOGUE), tokenizer, length)
+    tokens = [tokenizer.decode([token]) for token in row.input_ids]
+    found = [("+" if kept else "") + token for token, kept in zip(tokens, row.loss_mask, strict=True)]
+    expected = [mark.replace("_", " ") if mark.strip("+") == "_" else mark for mark in marks.split()]
+    expected = [mark.replace("/", "\n") if mark.strip("+") == "/" else mark for mark in expected]
+    assert found == expected[:length]
+    assert row.cut == (len(expected) > length)
 
 
 def test_encode_every_token_text_only_and_system() -> None:
@@ -309,17 +334,95 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch, load: Callable[..., Any]) -> None:
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load, __spec__=SimpleNamespace()))
 
 
-def test_hub_sources(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
+def save_as_on_the_hub(folder: Path) -> None:
+    """Write the repositories of every named set, with the hub's own file names, columns and README headers."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 
-    def load(*args: Any, **kwargs: Any) -> list[dict[str, Any]]:
-        calls.append((args, kwargs))
-        return [{"text": ""}, {"text": "a"}, {"text": "b"}]
+    def save(rows: list[dict[str, Any]], repository: str, file: str, header: str = "") -> None:
+        path = folder / repository / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".json":
+            path.write_text(json.dumps(rows))
+        else:
+            parquet.write_table(arrow.Table.from_pylist(rows), path)
+        if header:
+            (folder / repository / "README.md").write_text(f"---\nconfigs:\n{header}---\n")
+
+    talk = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "fine"}]
+    rows: list[dict[str, Any]] = [{"id": f"{index}_0", "conversations": talk} for index in range(3)]
+    save(rows, "anon8231489123/ShareGPT_Vicuna_unfiltered", "ShareGPT_V3_unfiltered_cleaned_split.json")
+    rows = [{"instruction": "add", "input": "1 2", "output": "3", "text": "Below is ..."} for _ in range(3)]
+    save(rows, "tatsu-lab/alpaca", "data/train-00000-of-00001-a09b74b3ef9c3b56.parquet")
+    rows = [{"prompt": "hello", "prompt_id": "f0e3", "messages": PAIR} for _ in range(3)]
+    header = """- config_name: default
+  data_files:
+  - split: train_sft
+    path: data/train_sft-*
+  - split: test_sft
+    path: data/test_sft-*
+"""
+    ultrachat = "HuggingFaceH4/ultrachat_200k"
+    save(rows, ultrachat, "data/train_sft-00000-of-00003-a3ecf92756993583.parquet", header)
+    save(rows[:1], ultrachat, "data/test_sft-00000-of-00001-f7dfac4afe5b93f4.parquet")
+    lines = ["", " = Robert <unk> = \n", "", " Robert is an actor . \n"]
+    header = """- config_name: wikitext-2-raw-v1
+  data_files:
+  - split: train
+    path: wikitext-2-raw-v1/train-*
+"""
+    rows = [{"text": line} for line in lines]
+    save(rows, "Salesforce/wikitext", "wikitext-2-raw-v1/train-00000-of-00001.parquet", header)
+
+
+TALK = (Turn("user", "hello"), Turn("assistant", "fine"))
+HUB_CONTENT = {
+    "sharegpt": [TALK] * 3,
+    "alpaca": [(Turn("user", "add\n\n1 2"), Turn("assistant", "3"))] * 3,
+    "ultrachat": [TALK] * 3,
+    "wikitext": [(Turn("assistant", "= Robert <unk> ="),), (Turn("assistant", "Robert is an actor ."),)],
+}
+
+
+@pytest.mark.parametrize("name", HUB_CONTENT)
+def test_every_hub_set_as_it_lies_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The library takes a local directory of a repository's name for the repository."""
+    datasets = pytest.importorskip("datasets")
+    assert set(data.HUB_SOURCES) == set(HUB_CONTENT)
+    save_as_on_the_hub(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    conversations, report = data.load_dataset_by_name(name)
+    assert conversations == HUB_CONTENT[name]
+    assert (report.read, report.skipped) == (len(conversations), {})
+    assert list((tmp_path / "cache").rglob("*.arrow"))
+    # A part is streamed: nothing is prepared on disk.
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "streamed")
+    part, _ = data.load_dataset_by_name(name, max_rows=2)
+    assert part == HUB_CONTENT[name][: 1 if name == "wikitext" else 2]
+    assert not list((tmp_path / "streamed").rglob("*.arrow"))
+
+
+def test_splits_of_a_hub_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    save_as_on_the_hub(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for split, count in (("test_sft", 1), ("train_sft[:2]", 2), ("train_sft+test_sft", 4)):
+        assert len(data.load_dataset_by_name("ultrachat", split=split)[0]) == count
+    assert len(data.load_dataset_by_name("ultrachat", split="train_sft[:2]", max_rows=1)[0]) == 1
+    with pytest.raises(NetworkError, match="split none") as caught:
+        data.load_dataset_by_name("ultrachat", split="none")
+    assert "check the network and the split" in str(caught.value)
+
+
+def test_a_hub_that_falls_silent_in_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*args: Any, **kwargs: Any) -> Iterator[dict[str, Any]]:
+        yield {"text": "a"}
+        raise ConnectionError("reset")
 
     fake_hub(monkeypatch, load)
-    conversations, report = data.load_dataset_by_name("wikitext", max_rows=3)
-    assert ([turn.content for (turn,) in conversations], report.read) == (["a", "b"], 2)
-    assert calls == [(("Salesforce/wikitext", "wikitext-2-raw-v1"), {"data_files": None, "split": "train[:3]"})]
+    with pytest.raises(NetworkError, match="after 1 rows: reset"):
+        data.load_dataset_by_name("wikitext", max_rows=3)
 
 
 @pytest.mark.parametrize(

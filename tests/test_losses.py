@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ from recurrent_drafting.losses import HeadLoss, HeadTargets
 
 R, D, V, U = 13, 5, 9, 4
 IDS = [0, 3, -1, 8, 3, -1, 2, 2, 7, 1, 0, 5, 8]
+# Six positions of up to four depths; the third begins outside the draft vocabulary.
+DEPTHS = [0, 1, 2, 0, 1, 0, 1, 0, 0, 1, 2, 3, 0]
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -169,3 +174,90 @@ def test_bfloat16_keeps_losses_in_float32_and_near_the_exact_ones(dtype: torch.d
     for ours, exact in zip(gradients, backward(expected, features, weight), strict=True):
         assert ours.dtype == dtype
         assert float((ours.double() - exact).norm() / exact.norm()) < 0.05
+
+
+# Expected accepted length
+
+
+def brute_length(probabilities: list[float]) -> float:
+    """Return the mean accepted length over every outcome of accepting depth after depth."""
+    total, reached = 0.0, 1.0
+    for depth, q in enumerate(probabilities):
+        total += depth * reached * (1 - q)
+        reached *= q
+    return total + len(probabilities) * reached
+
+
+@pytest.mark.parametrize("q", [[0.5], [0.9, 0.2, 0.7], [1.0, 1.0], [0.0, 0.9, 0.9], [0.8, 0.0, 0.5, 1.0]])
+def test_expected_length_is_the_mean_over_what_a_chain_can_do(q: list[float]) -> None:
+    log_q = torch.tensor(q, dtype=torch.float64).log()
+    assert float(losses.expected_length(log_q)) == pytest.approx(brute_length(q), abs=1e-12)
+
+
+def length_targets(kl_share: float, length_share: float) -> HeadTargets:
+    return replace(make_targets(kl_share), depths=torch.tensor(DEPTHS), length_share=length_share)
+
+
+def plain_lengths(features: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    """Return the expected length of each position by the definition."""
+    log_q = -losses.cross_entropy(features @ weight.T, ids).masked_fill(ids < 0, torch.inf)
+    starts = [*(row for row in range(R) if DEPTHS[row] == 0), R]
+    return torch.stack([losses.expected_length(log_q[a:b]) for a, b in pairwise(starts)])
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 13, 1024])
+@pytest.mark.parametrize(("kl_share", "length_share"), [(0.0, 1.0), (0.0, 0.6), (0.3, 0.6), (0.3, 0.0)])
+def test_expected_length_and_mixes_equal_autograd_through_the_definitions(
+    monkeypatch: pytest.MonkeyPatch, kl_share: float, length_share: float, chunk: int
+) -> None:
+    monkeypatch.setattr(losses, "_CHUNK_ROWS", chunk)
+    targets = length_targets(kl_share, length_share)
+    features, weight, row_weights = leaves()
+    lengths = plain_lengths(features, weight, targets.ids)
+    mix, per_row = plain(features, weight, targets, row_weights)
+    expected = (1 - length_share) * mix - length_share * lengths.sum()
+    got = losses.head_loss(features, weight, targets, row_weights)
+    tight = {"rtol": 1e-11, "atol": 1e-12}
+    torch.testing.assert_close(got.total, expected, **tight)
+    torch.testing.assert_close(got.paths.sum(), lengths.sum().detach(), **tight)
+    torch.testing.assert_close(got.per_row, ((1 - length_share) * per_row - length_share * got.paths).detach(), **tight)
+    for ours, theirs in zip(
+        backward(got.total, features, weight, -2.5), backward(expected, features, weight, -2.5), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, **tight)
+    assert float(lengths.detach().min()) == 0 < float(lengths.detach().max())
+
+
+def test_nothing_is_learnt_behind_a_depth_that_is_never_accepted() -> None:
+    """Row 0 gets probability 0, and rows 5 and 6 are a position that begins outside the draft vocabulary."""
+    features, weight, row_weights = leaves()
+    features.data[0] = -1e6 * weight.detach()[IDS[0]]
+    got = losses.head_loss(features, weight, length_targets(0.0, 1.0), row_weights)
+    grad_features, _ = backward(got.total, features, weight)
+    for dead in ([0, 1, 2], [5, 6]):
+        assert not grad_features[dead].any() and not got.paths[dead].any()
+    # The second position's last depth is outside: its first is still learnt.
+    assert grad_features[[3, 4, 7, 8, 9, 10, 11, 12]].any(dim=1).all()
+
+
+def test_chunks_keep_the_depths_of_a_position_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    for chunk, expected in ((5, [5, 3, 5]), (4, [3, 4, 1, 4, 1]), (1, [3, 2, 2, 1, 4, 1]), (99, [R])):
+        monkeypatch.setattr(losses, "_CHUNK_ROWS", chunk)
+        pieces = losses._chunks(torch.tensor(DEPTHS))
+        assert [piece.stop - piece.start for piece in pieces] == expected
+        assert [row for piece in pieces for row in range(piece.start, piece.stop)] == list(range(R))
+
+
+def test_the_head_runs_once_and_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "_CHUNK_ROWS", 4)
+    heights: list[int] = []
+    softmax = torch.softmax
+
+    def seen(logits: Tensor, **options: Any) -> Tensor:
+        heights.append(len(logits))
+        return softmax(logits, **options)
+
+    targets = length_targets(0.0, 1.0)
+    monkeypatch.setattr(torch, "softmax", seen)
+    losses.head_loss(*leaves()[:2], targets, leaves()[2])
+    assert heights == [3, 4, 1, 4, 1]

@@ -400,6 +400,20 @@ def test_memory_of_the_noise_stays_bounded() -> None:
         assert sum(map(len, sampler.noise._rows.values())) == 3 * 3  # what the next step will use again, and no more
 
 
+def test_branches_of_one_text_keep_the_noise_that_another_still_needs() -> None:
+    prompts = [[4] * length for length in (3, 5, 8)]
+    sampler = Sampler(SamplingConfig(temperature=1.0), prompts, [7, 7, 7], EOS, V, CPU)
+    assert sampler.noise is not None
+    for step in range(4):
+        sampler.pick(random_logits(step), range(3))
+        kept = sampler.noise._rows[7]
+        assert {3 + step, 5 + step, 8 + step} <= set(kept)
+        assert min(kept) == 3 + step
+        for row in range(3):
+            sampler.commit(row, 1)
+    assert sorted(kept) == [7, 8, 9, 10, 11]  # 7 was made for the second branch, and the first is there now
+
+
 def test_forgetting_a_request_leaves_the_others() -> None:
     noise = GumbelNoise(0, V, CPU)
     before = noise.rows([1, 1, 2], [5, 6, 5])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,14 @@ import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
 
 import train_speculator
-from recurrent_drafting import RecurrentDraftingConfig, Verifier
+from recurrent_drafting import RecurrentDraftingConfig, Verifier, run_guard
 from recurrent_drafting.assets import DEFAULT_BASE
 from recurrent_drafting.checkpoint import load_drafter
 from recurrent_drafting.decoding import check_fit
-from recurrent_drafting.trainer import TrainingArguments
+from recurrent_drafting.trainer import DrafterTrainer, TrainingArguments
 from tests.text_models import save_base, save_drafter
 from train_speculator import main
 
@@ -82,6 +85,28 @@ def test_a_drafter_comes_out_that_fits_its_base(
     start = load_drafter(str(save_drafter(Path("start"), Path(base))))
     assert not drafter.head.weight.equal(start.head.weight)
     assert sorted(path.name for path in Path("out").glob("*.safetensors")) == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--use_distilled_dataset", "--distill_max_examples", "5"],
+        ["--targets", "distilled", "--distill_temperature", "0.7", "--objective", "expected_length"],
+        [*GIVEN, "--objective", "expected_length", "--expected_length_share", "0.5", "--kd_alpha", "0.5"],
+    ],
+    ids=["distilled", "sampled", "mixed"],
+)
+def test_distilled_targets_and_the_expected_length_train_a_drafter(
+    base: str, chats: str, argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(base, chats, *argv, "--hidden_state_cache", "states") == 0
+    out = capsys.readouterr().out
+    assert "'eval_expected_length'" in out
+    load_drafter("out")
+    if "--distill_max_examples" in argv:
+        rows = re.findall(r"distilled targets: (\d+) rows, (\d+) positions of 5 tokens", out)
+        assert [int(count) for count, _ in rows] == [5, 1]
+        assert int(rows[0][1]) > 5 * 10  # "the answer is ..." is longer than 10 characters
 
 
 def test_the_same_seed_gives_the_same_drafter_and_another_does_not(base: str, chats: str) -> None:
@@ -168,7 +193,148 @@ def test_resuming_gives_what_an_uninterrupted_run_gives(base: str, chats: str) -
     assert all(whole[name].equal(parts[name]) for name in whole)
 
 
+def steps(folder: str) -> list[int]:
+    return sorted(int(path.name.split("-")[1]) for path in Path(folder).glob("checkpoint-*"))
+
+
+def test_resuming_takes_the_newest_complete_checkpoint(
+    base: str, chats: str, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*GIVEN, "--max_steps", "4", "--save_strategy", "steps", "--save_steps", "1"]
+    assert run(base, chats, *argv) == 0
+    whole = load_drafter("out").state_dict()
+    (Path("out/checkpoint-4") / "optimizer.pt").write_bytes(b"")
+    (Path("out/checkpoint-3") / "manifest.json").unlink()
+    shutil.copytree("out/checkpoint-2", "out/.partial/checkpoint-5")  # of a run that was killed
+    Path("out/model.safetensors").unlink()
+    caplog.clear()
+    assert run(base, chats, *argv, "--resume_from_checkpoint", "True") == 0
+    assert all(whole[name].equal(tensor) for name, tensor in load_drafter("out").state_dict().items())
+    lines = [record.getMessage() for record in caplog.records if "torn" in record.getMessage()]
+    assert len(lines) == 2 and all("\n" not in line for line in lines)
+    assert "checkpoint-4 is torn and was passed over" in lines[0] and "optimizer.pt: expected" in lines[0]
+    assert "checkpoint-3 is torn and was passed over" in lines[1] and "manifest.json" in lines[1]
+    assert steps("out") == [1, 2, 3, 4] and not Path("out/.partial").exists()
+    (Path("out/checkpoint-3") / "optimizer.pt").write_bytes(b"")
+    capsys.readouterr()
+    assert run(base, chats, *argv, "--resume_from_checkpoint", "out/checkpoint-3") == 4
+    assert "checkpoint-3/optimizer.pt: expected" in error_line(capsys)
+
+
+def test_resuming_where_no_checkpoint_is_complete(base: str, chats: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(base, chats, *GIVEN, "--resume_from_checkpoint", "True") == 2
+    assert "expected a complete checkpoint in out, found none" in error_line(capsys)
+
+
+def test_resuming_needs_a_training_state(base: str, chats: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(base, chats, *GIVEN) == 0
+    assert run(base, chats, *GIVEN, "--resume_from_checkpoint", "out") == 4
+    assert "out: expected a training state, found no trainer_state.json, optimizer.pt" in error_line(capsys)
+
+
+def test_resuming_another_run_names_every_difference(
+    base: str, chats: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*GIVEN, "--save_strategy", "steps", "--save_steps", "2"]
+    assert run(base, chats, *argv) == 0
+    other = str(save_chats(tmp_path / "other.jsonl", 9))
+    argv += ["--resume_from_checkpoint", "True", "--learning_rate", "1", "--beam_width", "3"]
+    assert run(base, other, *argv) == 4
+    line = error_line(capsys)
+    for expected in ("beam_width 10, now 3", "learning_rate 0.0005, now 1.0", "data "):
+        assert expected in line
+
+
+def with_callback(monkeypatch: pytest.MonkeyPatch, callback: TrainerCallback) -> None:
+    """Let something happen in the middle of the script's run."""
+    make = train_speculator.make_trainer
+
+    def make_and_add(*args: Any) -> DrafterTrainer:
+        trainer = make(*args)
+        trainer.add_callback(callback)
+        return trainer
+
+    monkeypatch.setattr(train_speculator, "make_trainer", make_and_add)
+
+
+class SignalInSecondStep(TrainerCallback):
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_in_training_saves_and_resuming_goes_on(
+    base: str, chats: str, number: int, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*GIVEN, "--max_steps", "4"]
+    assert run(base, chats, *argv, "--output_dir", "whole") == 0
+    with monkeypatch.context() as patch:
+        with_callback(patch, SignalInSecondStep(number))
+        assert run(base, chats, *argv) == code
+    line = error_line(capsys)
+    assert "at step 2, which is complete: saved in out/checkpoint-2, go on with --resume_from_checkpoint True" in line
+    assert [path.name for path in Path("out").iterdir()] == ["checkpoint-2"]
+    assert run(base, chats, *argv, "--resume_from_checkpoint", "True") == 0
+    whole = load_drafter("whole").state_dict()
+    assert all(whole[name].equal(tensor) for name, tensor in load_drafter("out").state_dict().items())
+
+
+class LittleSpace(TrainerCallback):
+    """Let the system refuse files beyond 100 bytes from a step on."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@pytest.mark.parametrize("save_strategy", ["steps", "no"], ids=["checkpoint", "drafter"])
+def test_a_full_disk_keeps_what_was_saved(
+    base: str, chats: str, save_strategy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with_callback(monkeypatch, LittleSpace(2))
+    try:
+        assert run(base, chats, *GIVEN, "--save_strategy", save_strategy, "--save_steps", "1") == 5
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    line = error_line(capsys)
+    torn = "out/checkpoint-2" if save_strategy == "steps" else "out"
+    assert f"{torn} was not written, the disk is full or at its limit" in line and "bytes free" in line
+    assert [path.name for path in Path("out").iterdir()] == ["checkpoint-1"] * (save_strategy == "steps")
+
+
+def test_the_best_drafter_by_simulated_tau_comes_out(base: str, chats: str) -> None:
+    argv = ["--max_steps", "3", "--save_strategy", "steps", "--eval_strategy", "steps", "--learning_rate", "0.3"]
+    argv += ["--save_steps", "1", "--eval_steps", "1", "--load_best_model_at_end", "True"]
+    assert run(base, chats, *GIVEN, *argv, "--max_eval_samples", "3") == 0
+    state = json.loads(Path("out/checkpoint-3/trainer_state.json").read_text())
+    measured = [entry["eval_simulated_tau"] for entry in state["log_history"] if "eval_simulated_tau" in entry]
+    assert len(measured) == 3 and state["best_metric"] == max(measured)
+    best = load_drafter(state["best_model_checkpoint"]).state_dict()
+    assert all(best[name].equal(tensor) for name, tensor in load_drafter("out").state_dict().items())
+
+
 # The output directory
+
+
+def test_a_second_run_in_the_same_directory(base: str, chats: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("out").mkdir()
+    with run_guard.only_run(Path("out")):
+        assert run(base, chats, *GIVEN) == 2
+    line = error_line(capsys)
+    assert "--output_dir out is in use by another run" in line and "lock out/.lock" in line and str(os.getpid()) in line
+    # What a killed run leaves is not in the way: a lock that nobody holds, and something half-written.
+    Path("out/.lock").write_text("process 1")
+    Path("out/.partial/checkpoint-2").mkdir(parents=True)
+    assert run(base, chats, *GIVEN) == 0
+    assert not Path("out/.lock").exists() and not Path("out/.partial").exists()
 
 
 def test_a_directory_that_is_not_empty_needs_a_word(base: str, chats: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,6 +404,11 @@ def test_parse_errors(argv: list[str], expected: str, capsys: pytest.CaptureFixt
         (["--model_max_length", "0"], "model_max_length"),
         (["--max_train_samples", "-1"], "max_train_samples"),
         (["--max_eval_samples", "-1"], "max_eval_samples"),
+        (["--expected_length_share", "1.5"], "expected_length_share must be in [0, 1]"),
+        (["--distill_temperature", "-1"], "--distill_temperature must be >= 0 and finite, got -1.0"),
+        (["--distill_temperature", "inf"], "--distill_temperature must be >= 0 and finite, got inf"),
+        (["--distill_max_examples", "0"], "--distill_max_examples must be >= 1"),
+        (["--distill_num_future_tokens", "0"], "--distill_num_future_tokens must be >= 1"),
         (["--dataset_name", "sharegtp"], "did you mean sharegpt?"),
         (["--bf16", "--fp16"], "fp16"),
         (["--per_device_train_batch_size", "0"], "batch"),
@@ -252,6 +423,44 @@ def test_usage_errors(
 ) -> None:
     assert run(base, chats, *GIVEN, *argv) == 2
     assert expected in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--distill_num_future_tokens", "3"], "must be >= --drafter_predict_n_tokens (4), got 3"),
+        (["--objective", "kl"], "use --objective ce"),
+        (["--use_knowledge_distillation"], "use --objective ce"),
+        (["--objective", "expected_length", "--expected_length_share", "0.5"], "use --objective ce"),
+    ],
+)
+def test_usage_errors_of_distilled_targets(
+    base: str, chats: str, argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(base, chats, "--targets", "distilled", *argv) == 2
+    assert expected in error_line(capsys)
+
+
+def test_accepted_spellings_of_targets_and_objective(capsys: pytest.CaptureFixture[str]) -> None:
+    args, training = train_speculator.parse_arguments(["--use_distilled_dataset"])
+    assert (args.targets, training.objective) == ("distilled", "ce")
+    args, training = train_speculator.parse_arguments(["--targets=distilled", "--objective", "expected_length"])
+    assert (args.targets, training.objective) == ("distilled", "expected_length")
+    argv = ["--use_knowledge_distillation", "--kd_temperature", "2", "--kd_alpha", "0.5"]
+    args, training = train_speculator.parse_arguments(argv)
+    assert (args.targets, training.objective, training.kd_temperature, training.kd_alpha) == (
+        "regenerated",
+        "kl",
+        2,
+        0.5,
+    )
+    for pair in (
+        ["--targets", "ground_truth", "--use_distilled_dataset"],
+        ["--objective", "ce", "--use_knowledge_distillation"],
+    ):
+        with pytest.raises(SystemExit) as leave:
+            train_speculator.parse_arguments(pair)
+        assert leave.value.code == 2 and "not allowed with argument" in capsys.readouterr().err
 
 
 def test_wandb_that_is_missing_is_a_usage_error(

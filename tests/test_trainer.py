@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+import os
 import random
+import resource
+import shutil
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import TrainerCallback
 
-from recurrent_drafting import AutoregressiveDecoder, BeamConfig, Drafter, SpeculativeDecoder, Verifier
+from recurrent_drafting import (
+    AutoregressiveDecoder,
+    BeamConfig,
+    Drafter,
+    SpeculativeDecoder,
+    Verifier,
+    manifest,
+    resume,
+)
+from recurrent_drafting.checkpoint import load_drafter
 from recurrent_drafting.data import Collator, EncodedRow, TokenDataset
-from recurrent_drafting.errors import DataError, NumericsError, UsageError
+from recurrent_drafting.errors import DataError, InterruptionError, ModelError, NumericsError, ResourceError, UsageError
 from recurrent_drafting.metrics import DecodingStats
 from recurrent_drafting.trainer import (
     DrafterTrainer,
@@ -80,6 +96,17 @@ def weights(drafter: Drafter) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in drafter.state_dict().items()}
 
 
+def same(first: Any, second: Any) -> bool:
+    """Compare nested values bit for bit."""
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(same, first, second))
+    if isinstance(first, (Tensor, np.ndarray)):
+        return first.tobytes() == second.tobytes() if isinstance(first, np.ndarray) else torch.equal(first, second)
+    return bool(first == second)
+
+
 def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
 
@@ -140,14 +167,16 @@ def brute_figures(
     ids = drafter.draft_token_ids.tolist()
     losses: list[list[float]] = [[] for _ in range(K)]
     ranks: list[list[int]] = [[] for _ in range(K)]
-    share = args.kd_alpha if args.objective == "kl" else 0.0
+    share = args.kd_alpha if args.objective != "ce" else 0.0
+    length_share = args.expected_length_share if args.objective == "expected_length" else 0.0
+    paths: list[list[float]] = [[] for _ in range(K)]
     with torch.no_grad():
         for item in rows:
             output = verifier.model(torch.tensor([item.input_ids]), output_hidden_states=True)
             hidden, logits = output.hidden_states[-1][0], output.logits[0]
             positions = brute_supervision([item.input_ids], [item.loss_mask], K)
             for (_, t), (known, targets) in positions.items():
-                state = torch.zeros(verifier.hidden_size, dtype=torch.float64)
+                state, path = torch.zeros(verifier.hidden_size, dtype=torch.float64), 1.0
                 for k, (token, target) in enumerate(zip(known, targets, strict=False), start=1):
                     state = drafter.advance(state, verifier.model.get_input_embeddings().weight[token])
                     log_q = drafter.logits(hidden[t], state).log_softmax(-1)
@@ -155,16 +184,20 @@ def brute_figures(
                     divergence = float((p * (p.log() - log_q)).sum())
                     own = ids.index(target) if target in ids else None
                     likelihood = 0.0 if own is None else -float(log_q[own])
-                    losses[k - 1].append(share * divergence + (1 - share) * likelihood)
+                    losses[k - 1].append((1 - length_share) * (share * divergence + (1 - share) * likelihood))
+                    path *= 0.0 if own is None else float(log_q[own].exp())
+                    paths[k - 1].append(path)
                     above = len(ids) if own is None else int((log_q > log_q[own]).sum())
                     ranks[k - 1].append(above)
     figures = {}
     for k in range(K):
-        figures[f"loss_depth_{k + 1}"] = sum(losses[k]) / len(losses[k])
+        figures[f"loss_depth_{k + 1}"] = (sum(losses[k]) - length_share * sum(paths[k])) / len(losses[k])
         for top in (1, args.drafter_top_k):
             figures[f"top{top}_depth_{k + 1}"] = sum(rank < top for rank in ranks[k]) / len(ranks[k])
     weighted = sum(args.depth_decay**k * sum(values) for k, values in enumerate(losses))
-    figures["loss"] = weighted / sum(map(len, losses))
+    length = sum(map(sum, paths))
+    figures["loss"] = (weighted - length_share * length) / sum(map(len, losses))
+    figures["expected_length"] = length / len(paths[0])
     return figures
 
 
@@ -174,8 +207,10 @@ def brute_figures(
         {},
         {"objective": "ce", "drafter_top_k": 7},
         {"kd_alpha": 0.3, "kd_temperature": 2.0, "depth_decay": 0.5},
+        {"objective": "expected_length"},
+        {"objective": "expected_length", "expected_length_share": 0.6, "kd_alpha": 0.3},
     ],
-    ids=["kl", "ce", "mix"],
+    ids=["kl", "ce", "mix", "expected length", "all three"],
 )
 @pytest.mark.parametrize("draft_vocab_size", [None, 30])
 def test_logged_figures_are_those_of_the_definitions(
@@ -197,15 +232,47 @@ def test_logged_figures_are_those_of_the_definitions(
     assert math.isfinite(held_out["eval_simulated_tau"])
 
 
-def test_evaluation_gives_the_loss_that_keeps_the_best_checkpoint(verifier: Verifier, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("settings", "metric", "best"),
+    [({}, "eval_simulated_tau", max), ({"metric_for_best_model": "loss"}, "eval_loss", min)],
+    ids=["tau", "loss"],
+)
+def test_the_best_checkpoint_is_kept_and_loaded(
+    verifier: Verifier, tmp_path: Path, settings: dict[str, Any], metric: str, best: Any
+) -> None:
+    """The learning rate is so high that the last step is not the best one."""
+    args = arguments(
+        tmp_path, max_steps=8, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
+        load_best_model_at_end=True, save_total_limit=2, learning_rate=0.2, **settings,
+    )  # fmt: skip
+    drafter = make_drafter(verifier)
+    trainer = make_trainer(drafter, verifier, args, uneven_rows())
+    trainer.train()
+    measured = [entry[metric] for entry in trainer.state.log_history if metric in entry]
+    step = measured.index(best(measured)) + 1
+    assert len(measured) == 8 and 1 <= step < 8
+    assert trainer.state.best_metric == measured[step - 1]
+    checkpoint = tmp_path / f"checkpoint-{step}"
+    assert trainer.state.best_model_checkpoint == str(checkpoint)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted({"checkpoint-8", f"checkpoint-{step}"})
+    assert equal(load_file(checkpoint / "model.safetensors"), weights(drafter))
+    assert trainer.evaluate()[metric] == measured[step - 1]
+
+
+def test_a_best_checkpoint_that_was_damaged_is_not_loaded(verifier: Verifier, tmp_path: Path) -> None:
     args = arguments(
         tmp_path, max_steps=2, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
         load_best_model_at_end=True,
     )  # fmt: skip
     trainer = make_trainer(make_drafter(verifier), verifier, args, uneven_rows())
-    trainer.train()
-    measured = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert len(measured) == 2 and trainer.state.best_metric == min(measured)
+
+    class Damaging(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            (Path(state.best_model_checkpoint) / "model.safetensors").write_bytes(b"")
+
+    trainer.add_callback(Damaging())
+    with pytest.raises(ModelError, match=r"model.safetensors: expected \d+ bytes, found 0"):
+        trainer.train()
 
 
 def test_evaluation_in_between_leaves_the_training_figures_alone(verifier: Verifier, tmp_path: Path) -> None:
@@ -252,7 +319,7 @@ def test_bf16_training_runs_the_heads_product_in_bf16(
     assert set(types) == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("objective", ["kl", "ce"])
+@pytest.mark.parametrize("objective", ["kl", "ce", "expected_length"])
 def test_one_batch_of_eight_and_eight_of_one_give_the_same_weights(
     verifier: Verifier, tmp_path: Path, objective: str
 ) -> None:
@@ -350,23 +417,172 @@ def test_each_epoch_sees_every_row_in_an_order_of_its_own(verifier: Verifier, tm
 # Checkpoints
 
 
-def test_a_checkpoint_holds_the_drafter_alone_and_resuming_gives_the_same_bits(
-    verifier: Verifier, tmp_path: Path
-) -> None:
-    """Six rows in batches of two are three steps an epoch, so the checkpoint lies within one."""
-    settings = {"per_device_train_batch_size": 2, "max_steps": 7, "save_strategy": "steps", "save_steps": 4}
-    settings["lr_scheduler_type"] = "cosine"
+SAVING: dict[str, Any] = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 1}
+
+
+def training_state(checkpoint: Path) -> dict[str, Any]:
+    """Return what a checkpoint holds besides the clock: optimizer, scheduler, random state, steps."""
+    files = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+    state: dict[str, Any] = {name: torch.load(checkpoint / name, weights_only=False) for name in files}
+    record = json.loads((checkpoint / "trainer_state.json").read_text())
+    return {**state, **{name: record[name] for name in ("global_step", "epoch", "best_global_step")}}
+
+
+@pytest.mark.parametrize("times", [1, 2], ids=["plain", "accumulated"])
+def test_resuming_from_any_step_gives_the_same_bits(verifier: Verifier, tmp_path: Path, times: int) -> None:
+    """An epoch is five (accumulated: three) steps: checkpoints lie within one and at its end."""
+    settings = {**SAVING, "max_steps": 7, "weight_decay": 0.1, "gradient_accumulation_steps": times}
     drafter = make_drafter(verifier, draft_vocab_size=40)
-    make_trainer(drafter, verifier, arguments(tmp_path / "whole", **settings), uneven_rows(6)).train()
-    checkpoint = tmp_path / "whole" / "checkpoint-4"
-    assert load_file(checkpoint / "model.safetensors").keys() == drafter.state_dict().keys()
-    resumed = make_drafter(verifier, draft_vocab_size=40)
-    torch.manual_seed(99)
-    trainer = make_trainer(resumed, verifier, arguments(tmp_path / "parts", **settings), uneven_rows(6))
-    trainer.train(resume_from_checkpoint=str(checkpoint))
-    assert trainer.state.global_step == 7
-    assert equal(weights(drafter), weights(resumed))
-    assert not equal(load_file(checkpoint / "model.safetensors"), weights(resumed))
+    make_trainer(drafter, verifier, arguments(tmp_path / "whole", **settings), uneven_rows(10)).train()
+    last = training_state(tmp_path / "whole" / "checkpoint-7")
+    assert load_file(tmp_path / "whole/checkpoint-7/model.safetensors").keys() == drafter.state_dict().keys()
+    for step in range(1, 8):
+        checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
+        assert equal(load_file(checkpoint / "model.safetensors"), weights(drafter)) == (step == 7)
+        resumed = make_drafter(verifier, draft_vocab_size=40, seed=step)
+        torch.manual_seed(99), random.seed(99)
+        trainer = make_trainer(resumed, verifier, arguments(tmp_path / "parts", **settings), uneven_rows(10))
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+        assert trainer.state.global_step == 7
+        assert equal(weights(drafter), weights(resumed)), step
+        if step < 7:
+            assert same(last, training_state(tmp_path / "parts" / "checkpoint-7")), step
+
+
+def test_checkpoints_appear_whole_and_the_newest_stay(verifier: Verifier, tmp_path: Path) -> None:
+    seen = []
+
+    class Watching(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append(sorted(path.name for path in tmp_path.iterdir()))
+            assert "run" in manifest.read(tmp_path / f"checkpoint-{state.global_step}")
+
+    args = arguments(tmp_path, max_steps=3, save_total_limit=2, **SAVING)
+    make_trainer(make_drafter(verifier), verifier, args, uneven_rows(), callbacks=[Watching()]).train()
+    assert seen == [["checkpoint-1"], ["checkpoint-1", "checkpoint-2"], ["checkpoint-2", "checkpoint-3"]]
+    assert manifest.read(tmp_path / "checkpoint-3")["files"].keys() >= {
+        "config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_disk_that_fills_up_while_saving_leaves_the_checkpoints_before(
+    verifier: Verifier, tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system refuses to write past a limit that comes into force at the second save, at the named file."""
+    args = arguments(tmp_path, max_steps=3, **SAVING)
+    trainer = make_trainer(make_drafter(verifier), verifier, args, uneven_rows())
+    step = {
+        "model.safetensors": "save_model",
+        "optimizer.pt": "_save_optimizer_and_scheduler",
+        "scheduler.pt": "_save_scaler",
+        "rng_state.pth": "_save_rng_state",
+    }[file]
+    original, limits = getattr(trainer, step), resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(*args: Any, **kwargs: Any) -> None:
+        if trainer.state.global_step == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        original(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, step, limited)
+    try:
+        with pytest.raises(ResourceError, match="checkpoint-2 was not written, the disk is full or at its limit"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert resume.newest_complete(tmp_path) == tmp_path / "checkpoint-1"
+
+
+def test_the_drafter_that_is_saved_has_a_manifest_and_loads(verifier: Verifier, tmp_path: Path) -> None:
+    drafter = make_drafter(verifier)
+    trainer = make_trainer(drafter, verifier, arguments(tmp_path / "out"), uneven_rows())
+    trainer.train()
+    for _ in range(2):
+        trainer.save_model()
+        found = manifest.read(tmp_path / "out")
+        assert found["fingerprints"]["data"] == resume.data_fingerprint(uneven_rows()) and "run" not in found
+        assert equal(load_drafter(str(tmp_path / "out")).state_dict(), weights(drafter))
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows", "named"),
+    [
+        ({"learning_rate": 2e-2}, 10, "learning_rate 0.01, now 0.02"),
+        ({"max_steps": 9}, 10, "max_steps 4, now 9"),
+        ({"seed": 7}, 10, "seed 42, now 7"),
+        ({"depth_decay": 0.5}, 10, "depth_decay 0.9, now 0.5"),
+        ({"gradient_accumulation_steps": 2}, 10, "gradient_accumulation_steps 1, now 2"),
+        ({}, 9, "data [0-9a-f]{12}, now [0-9a-f]{12}"),
+        ({"logging_steps": 3, "save_total_limit": 5, "drafter_top_k": 3}, 10, None),
+    ],
+)  # fmt: skip
+def test_another_run_is_refused_by_its_differences(
+    verifier: Verifier, tmp_path: Path, settings: dict[str, Any], rows: int, named: str | None
+) -> None:
+    first = arguments(tmp_path, max_steps=4, **{**SAVING, "save_steps": 2})
+    make_trainer(make_drafter(verifier), verifier, first, uneven_rows(10)).train()
+    args = arguments(tmp_path, **{"max_steps": 4, **SAVING, "save_steps": 2, **settings})
+    trainer = make_trainer(make_drafter(verifier), verifier, args, uneven_rows(rows))
+    if named is None:
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        return
+    with pytest.raises(ModelError, match=rf"checkpoint-2 was begun with .*{named}.*repeat those or begin a new run"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("save_strategy", ["no", "epoch"])
+def test_a_signal_ends_the_run_after_the_step_and_resuming_gives_the_same_bits(
+    verifier: Verifier, tmp_path: Path, number: signal.Signals, save_strategy: str
+) -> None:
+    """The signal comes in the middle of a step: its forward has begun, the optimizer has not stepped."""
+    settings = {"per_device_train_batch_size": 2, "max_steps": 7, "save_strategy": save_strategy}
+    settings |= {"eval_strategy": save_strategy, "load_best_model_at_end": save_strategy == "epoch"}
+    whole = make_drafter(verifier)
+    make_trainer(whole, verifier, arguments(tmp_path / "whole", **settings), uneven_rows(10)).train()
+    handlers = [signal.getsignal(item) for item in (signal.SIGINT, signal.SIGTERM)]
+    for step in (2, 5):  # within an epoch of five steps, and at its end
+        args = arguments(tmp_path / "parts", **settings)
+        trainer = make_trainer(
+            make_drafter(verifier), verifier, args, uneven_rows(10), callbacks=[Signalling(number, step)]
+        )
+        with pytest.raises(
+            InterruptionError, match=rf"{number.name} at step {step}, .*/checkpoint-{step}, go on"
+        ) as caught:
+            trainer.train()
+        assert caught.value.exit_code == 128 + number
+        assert [signal.getsignal(item) for item in (signal.SIGINT, signal.SIGTERM)] == handlers
+        resumed = make_drafter(verifier)
+        trainer = make_trainer(resumed, verifier, args, uneven_rows(10))
+        trainer.train(resume_from_checkpoint=True)
+        assert equal(weights(whole), weights(resumed))
+        shutil.rmtree(tmp_path / "parts")
+
+
+class Signalling(TrainerCallback):
+    """Send a signal to this process at the beginning of a step, or at the end of the run (step 0)."""
+
+    def __init__(self, number: int, step: int) -> None:
+        self.number, self.step = number, step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.step:
+            os.kill(os.getpid(), self.number)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.step:
+            os.kill(os.getpid(), self.number)
+
+
+def test_a_signal_after_the_last_step_saves_the_drafter(verifier: Verifier, tmp_path: Path) -> None:
+    drafter = make_drafter(verifier)
+    args = arguments(tmp_path, max_steps=2)
+    trainer = make_trainer(drafter, verifier, args, uneven_rows(), callbacks=[Signalling(signal.SIGTERM, 0)])
+    with pytest.raises(InterruptionError, match="SIGTERM at step 2, which is complete: the drafter is in"):
+        trainer.train()
+    assert equal(load_drafter(str(tmp_path)).state_dict(), weights(drafter))
 
 
 # Simulated tau

@@ -1,0 +1,162 @@
+#!/usr/bin/env python
+"""The drafter in the real vLLM engine: text, acceptance and tokens per second against vLLM without it.
+
+Engines of one process take turns on the same prompts: plain vLLM, vLLM's n-gram method, this drafter.
+Needs vLLM (``pip install -e ".[vllm]"``).
+
+Example:
+  python benchmarks/vllm_engine.py --speculator_path DIR --dtype fp32 --output benchmarks/results/vllm-fp32.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recurrent_drafting import assets, cli, data, evaluation
+
+PROPOSER = "recurrent_drafting.vllm_proposer.RecurrentDraftingProposer"
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+@dataclass
+class Run:
+    """One engine and what it did, round by round."""
+
+    engine: Any
+    texts: list[list[int]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def go(self, prompts: list[dict[str, list[int]]], parameters: Any) -> None:
+        """Decode all prompts once and note texts and time."""
+        start = time.perf_counter()
+        outputs = self.engine.generate(prompts, parameters, use_tqdm=False)
+        self.seconds.append(time.perf_counter() - start)
+        self.texts = [list(output.outputs[0].token_ids) for output in outputs]
+
+    def drafted(self) -> dict[str, Any]:
+        """Return vLLM's own counters of drafts, since the engine began."""
+        prefix = "vllm:spec_decode_"
+        found = [metric for metric in self.engine.get_metrics() if metric.name.startswith(prefix)]
+        return {
+            metric.name.removeprefix(prefix): getattr(metric, "value", getattr(metric, "values", None))
+            for metric in found
+        }
+
+
+def make_engines(args: argparse.Namespace) -> dict[str, Run]:
+    """Start the engines."""
+    import vllm
+
+    os.environ["RECURRENT_DRAFTING_SPECULATOR"] = args.speculator_path
+    speculation: dict[str, Any] = {
+        "plain": None,
+        "ngram": {"method": "ngram", "num_speculative_tokens": args.drafts, "prompt_lookup_max": 3},
+        "drafter": {"model": PROPOSER, "num_speculative_tokens": args.drafts},
+    }
+    path = str(assets.model_directory(args.base_model)) if assets.is_asset(args.base_model) else args.base_model
+    options = {
+        "dtype": DTYPES.get(args.dtype, args.dtype),
+        "max_model_len": 1024,
+        "max_num_seqs": args.concurrency,
+        "enforce_eager": True,
+        "disable_log_stats": False,
+    }
+    return {
+        name: Run(vllm.LLM(path, **options, **({"speculative_config": config} if config else {})))
+        for name, config in speculation.items()
+        if name in args.engines
+    }
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Let the engines take turns; the first round warms up."""
+    import vllm
+
+    tokenizer = data.load_tokenizer(args.base_model)
+    questions, _ = evaluation.load_questions("mt-bench", args.prompts, spread=True)
+    rendered = [data.render(tokenizer, [{"role": "user", "content": q.turns[0]}], ask=True) for q in questions]
+    prompts = [{"prompt_token_ids": ids} for ids in rendered]
+    parameters = vllm.SamplingParams(
+        temperature=args.temperature, seed=args.seed, max_tokens=args.new_tokens, detokenize=False
+    )
+    runs = make_engines(args)
+    for run in runs.values():
+        run.go(prompts[: args.concurrency], parameters)
+        run.seconds.clear()
+    before = {name: run.drafted() for name, run in runs.items()}
+    for round_ in range(args.rounds):
+        names = list(runs)
+        for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
+            runs[name].go(prompts, parameters)
+    return _record(args, runs, before)
+
+
+def _record(args: argparse.Namespace, runs: dict[str, Run], before: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    import vllm
+
+    plain = runs["plain"].texts if "plain" in runs else None
+    engines = {}
+    for name, run in runs.items():
+        tokens = sum(map(len, run.texts))
+        now = run.drafted()
+        counts = {key: _difference(now[key], before[name].get(key)) for key in now}
+        engines[name] = {
+            "tokens": tokens,
+            "seconds": run.seconds,
+            "tokens_per_second": tokens / statistics.median(run.seconds),
+            "identical_to_plain": None if plain is None else sum(a == b for a, b in zip(run.texts, plain, strict=True)),
+            "drafts": counts,
+        }
+    names = ("dtype", "prompts", "new_tokens", "concurrency", "rounds", "drafts", "temperature", "seed")
+    return {
+        "command": "python benchmarks/vllm_engine.py " + " ".join(f"--{name} {getattr(args, name)}" for name in names),
+        "base_model": args.base_model,
+        "vllm": vllm.__version__,
+        "machine": evaluation.machine(),
+        "prompts": args.prompts,
+        "engines": engines,
+    }
+
+
+def _difference(now: Any, before: Any) -> Any:
+    if isinstance(now, list):
+        return [a - b for a, b in zip(now, before or [0] * len(now), strict=True)]
+    return now - (before or 0)
+
+
+def main() -> int:
+    """Parse the command line, measure, print and write."""
+    parser = cli.ArgumentParser(description=__doc__)
+    parser.add_argument("--base_model", default=assets.DEFAULT_BASE)
+    parser.add_argument("--speculator_path", required=True)
+    parser.add_argument("--dtype", default="fp32")
+    parser.add_argument("--prompts", type=int, default=80)
+    parser.add_argument("--new_tokens", type=int, default=128)
+    parser.add_argument("--concurrency", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--drafts", type=int, default=3, help="num_speculative_tokens")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--engines", nargs="+", default=["plain", "ngram", "drafter"])
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    record = measure(args)
+    for name, engine in record["engines"].items():
+        print(
+            f"{name}: {engine['tokens_per_second']:.1f} tok/s, identical to plain "
+            f"{engine['identical_to_plain']}/{args.prompts}, drafts {engine['drafts']}"
+        )
+    if args.output:
+        evaluation.write_json(record, args.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, debug=False))

@@ -1,0 +1,229 @@
+"""What a run will take, before it starts: parameters, memory, disk and hours, from a few timed steps.
+
+Data sets are looked at through a sample of their rows. Replies that the base has yet to write are taken
+to run to the row's limit, so estimates that rest on them are upper bounds.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from recurrent_drafting import data
+from recurrent_drafting.data import Conversation, EncodedRow
+from recurrent_drafting.decoding import AutoregressiveDecoder
+from recurrent_drafting.distillation import REPLY_BATCH, SELF_ROWS, SelfDataConfig, packaged_rows, user_header
+from recurrent_drafting.errors import DataError
+from recurrent_drafting.trainer import DrafterTrainer
+from recurrent_drafting.verifier import Verifier
+
+T = TypeVar("T")
+# Regeneration above this needs a word from the user.
+LARGE_HOURS = 1.0
+_SAMPLE, _TIMED_TOKENS = 64, 8
+# Per trained parameter: float32 weight, gradient and two moments; a checkpoint holds no gradient.
+_BYTES_IN_MEMORY, _BYTES_ON_DISK, _WEIGHT_BYTES = 16, 12, 4
+_STATE_BYTES = torch.bfloat16.itemsize
+
+
+@dataclass(frozen=True)
+class ExpectedData:
+    """A data set before it is made.
+
+    Args:
+        rows: a sample.
+        count: rows in all.
+        replies_written: replies in all that the base has yet to write, 0 where they are there.
+    """
+
+    rows: list[EncodedRow]
+    count: int
+    replies_written: int = 0
+
+    @property
+    def tokens_per_row(self) -> float:
+        """Return the mean length of a row, in tokens."""
+        return sum(len(row.input_ids) for row in self.rows) / len(self.rows)
+
+
+@dataclass(frozen=True)
+class RunEstimate:
+    """What a run will take.
+
+    Args:
+        trainable: parameters of the drafter.
+        steps: optimizer steps.
+        data_seconds: to write replies, at most.
+        cache_seconds: to store hidden states.
+        training_seconds: of all steps.
+        memory: bytes that the process needed for a step, and what base and drafter hold of them.
+        disk: bytes of drafter and checkpoints, and of stored hidden states.
+    """
+
+    trainable: int
+    steps: int
+    data_seconds: float
+    cache_seconds: float
+    training_seconds: float
+    memory: tuple[int, int, int]
+    disk: tuple[int, int]
+
+    def describe(self) -> str:
+        """Return the estimate in four lines."""
+        peak, base, drafter = (size / 1e9 for size in self.memory)
+        models, states = (size / 1e6 for size in self.disk)
+        total = self.data_seconds + self.cache_seconds + self.training_seconds
+        return "\n".join(
+            [
+                f"trainable parameters: {self.trainable / 1e6:.2f} M",
+                f"memory: {peak:.2f} GB at a step's peak; base {base:.2f} GB, drafter and optimizer {drafter:.2f} GB",
+                f"disk: {models:.0f} MB of drafter and checkpoints, {states:.0f} MB of hidden states",
+                f"time: {total / 3600:.2f} h for {self.steps} steps; replies at most {self.data_seconds / 3600:.2f} h, "
+                f"hidden states {self.cache_seconds / 3600:.2f} h, training {self.training_seconds / 3600:.2f} h",
+            ]
+        )
+
+
+def given_replies(
+    conversations: Sequence[Conversation], tokenizer: Any, max_length: int, *, assistant_only: bool
+) -> ExpectedData:
+    """Expect the conversations' own replies.
+
+    Raises:
+        DataError: a sampled conversation cannot be encoded, or none has a reply.
+    """
+    sample = _sample(conversations)
+    rows = [data.encode(item, tokenizer, max_length, assistant_only=assistant_only) for item in sample]
+    rows, _ = data.truncate(rows, max_length)
+    if not rows:
+        raise DataError(f"none of {len(sample)} conversations has a reply within {max_length} tokens; raise the limit")
+    return ExpectedData(rows, round(len(conversations) * len(rows) / len(sample)))
+
+
+def written_replies(conversations: Sequence[Conversation], tokenizer: Any, max_length: int) -> ExpectedData:
+    """Expect a reply of the base to every user turn that leaves room for one.
+
+    Raises:
+        DataError: no sampled user turn does.
+    """
+    sample = _sample(conversations)
+    rows = []
+    for conversation in sample:
+        messages = [{"role": turn.role, "content": turn.content} for turn in conversation]
+        for index, message in enumerate(messages):
+            if message["role"] == "user":
+                rows.append(data.render(tokenizer, messages[: index + 1], ask=True))
+    filled = [_filled(row, max_length) for row in rows if len(row) < max_length - 1]
+    if not filled:
+        raise DataError(f"no user turn of {len(sample)} conversations is shorter than {max_length} tokens; raise it")
+    count = round(len(conversations) * len(filled) / len(sample))
+    return ExpectedData(filled, count, replies_written=count)
+
+
+def self_written(verifier: Verifier, tokenizer: Any, num_rows: int | None) -> ExpectedData:
+    """Expect the packaged self-written rows, or as many as the base will write."""
+    packaged = packaged_rows(verifier)
+    if packaged is not None:
+        rows = packaged[:num_rows]
+        return ExpectedData(_sample(rows), len(rows))
+    header, count = user_header(tokenizer), num_rows or SELF_ROWS
+    return ExpectedData([_filled(header, len(header) + SelfDataConfig.max_new_tokens)], count, replies_written=count)
+
+
+def _filled(prompt: list[int], length: int) -> EncodedRow:
+    """Stand in for a prompt and its reply; the reply's tokens are the prompt's over again."""
+    ids = (prompt * math.ceil(length / len(prompt)))[:length]
+    return EncodedRow(ids, [False] * len(prompt) + [True] * (length - len(prompt)))
+
+
+def _sample(items: Sequence[T]) -> list[T]:
+    step = max(len(items) / _SAMPLE, 1)
+    return [items[int(index * step)] for index in range(min(len(items), _SAMPLE))]
+
+
+def writing_seconds(verifier: Verifier, expected: ExpectedData) -> float:
+    """Return how long the base takes to write the replies, at most; decodes a few tokens to time them."""
+    if not expected.replies_written:
+        return 0.0
+    batch = expected.rows[:REPLY_BATCH]
+    prompts = [row.input_ids[: row.loss_mask.index(True)] for row in batch]
+    decoder = AutoregressiveDecoder(verifier)
+    decoder.generate(prompts, max_new_tokens=2, eos_token_ids=())
+    stats = decoder.generate(prompts, max_new_tokens=_TIMED_TOKENS, eos_token_ids=()).stats
+    prefill = stats.phase_seconds["prefill"]
+    step = (stats.seconds - prefill) / max(stats.forwards, 1)
+    new_tokens = sum(sum(row.loss_mask) for row in expected.rows) / len(expected.rows)
+    # The last batch may be smaller than the timed one: in shares of that one.
+    return expected.replies_written / len(prompts) * (prefill + step * new_tokens)
+
+
+def run(trainer: DrafterTrainer, expected: ExpectedData, *, stored_states: bool) -> RunEstimate:
+    """Estimate a run from one timed step of the real models.
+
+    Args:
+        trainer: of the run, over the sampled rows; its drafter is stepped once.
+        expected: the data.
+        stored_states: hidden states are computed once and stored.
+    """
+    args, drafter, verifier = trainer.args, trainer.drafter, trainer.verifier
+    forward, step = _timed_step(trainer, expected)
+    per_epoch = math.ceil(expected.count / (args.train_batch_size * args.world_size))
+    updates = math.ceil(per_epoch / args.gradient_accumulation_steps)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(updates * args.num_train_epochs)
+    rows = steps * args.gradient_accumulation_steps * args.train_batch_size
+    trainable = sum(parameter.numel() for parameter in drafter.parameters())
+    base = sum(item.numel() * item.element_size() for item in verifier.model.parameters())
+    checkpoints = _checkpoints(trainer, steps, updates)
+    states = round(expected.count * expected.tokens_per_row) * verifier.hidden_size * _STATE_BYTES
+    return RunEstimate(
+        trainable=trainable,
+        steps=steps,
+        data_seconds=writing_seconds(verifier, expected),
+        cache_seconds=expected.count * forward if stored_states else 0.0,
+        training_seconds=rows * (step + (0.0 if stored_states else forward)),
+        memory=(_peak_memory(), base, trainable * _BYTES_IN_MEMORY),
+        disk=(trainable * (_WEIGHT_BYTES + checkpoints * _BYTES_ON_DISK), states if stored_states else 0),
+    )
+
+
+def _timed_step(trainer: DrafterTrainer, expected: ExpectedData) -> tuple[float, float]:
+    """Return the seconds per row of the base's forward, and of the drafter's forward, backward and update."""
+    size = trainer.args.train_batch_size
+    rows = [expected.rows[index * len(expected.rows) // size] for index in range(size)]
+    batch = trainer.data_collator(rows)  # type: ignore[arg-type]
+    inputs = {name: tensor.to(trainer.verifier.device) for name, tensor in batch.items()}
+    optimizer = trainer.create_optimizer()
+    times: list[float] = []
+    for _ in range(2):  # the first one warms up
+        start = time.perf_counter()
+        hidden = trainer.verifier.hidden_states(inputs["input_ids"], inputs["attention_mask"])
+        middle = time.perf_counter()
+        with trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(trainer.drafter, {**inputs, "hidden": hidden})
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        times = [middle - start, time.perf_counter() - middle]
+    return times[0] / len(rows), times[1] / len(rows)
+
+
+def _checkpoints(trainer: DrafterTrainer, steps: int, updates_per_epoch: int) -> int:
+    """Return how many checkpoints will be on the disk at the end."""
+    args = trainer.args
+    if args.save_strategy == "no":
+        return 0
+    count = steps // max(updates_per_epoch if args.save_strategy == "epoch" else int(args.save_steps), 1)
+    return count if args.save_total_limit is None else min(count, args.save_total_limit)
+
+
+def _peak_memory() -> int:
+    """Return the largest number of bytes so far, of the accelerator if there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,196 @@
+"""Directories that are complete or not there: temporary names, sync, rename, and a manifest that proves it.
+
+``manifest.json`` lists every file of the directory with size and SHA-256. It is a promise about the
+whole: a file that is missing, cut or changed breaks it, and the directory counts as torn.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from recurrent_drafting.errors import ModelError, ResourceError
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+PARTIAL = ".partial"
+_OWN = "manifest_sha256"
+_FULL = {errno.ENOSPC: "os error 28", errno.EDQUOT: "os error 122", errno.EFBIG: "os error 27"}
+
+
+@contextmanager
+def whole(directory: Path, record: Mapping[str, Any]) -> Iterator[Path]:
+    """Give a temporary directory that takes the place of ``directory`` when the block ends.
+
+    Args:
+        directory: final name; what is there already is replaced as a whole.
+        record: goes into the manifest beside the files.
+
+    Raises:
+        ResourceError: the disk is full; nothing new is left, what was there stays.
+    """
+    with _partial(partial_path(directory), directory) as partial:
+        yield partial
+        _seal(partial, record)
+        remove(directory)
+        partial.rename(directory)
+        _sync(directory.parent)
+
+
+@contextmanager
+def files_of(directory: Path, record: Mapping[str, Any]) -> Iterator[Path]:
+    """Give a temporary directory whose files move into ``directory`` when the block ends.
+
+    A directory that is new appears as a whole. In one that holds other things the files are
+    replaced one by one, the manifest first: stopped in between, it does not match, and nothing
+    loads that is half old and half new.
+
+    Args:
+        directory: where the files go; it may hold others, which stay.
+        record: goes into the manifest beside the files.
+
+    Raises:
+        ResourceError: the disk is full; what was there stays.
+    """
+    if not directory.exists():
+        with whole(directory, record) as partial:
+            yield partial
+        return
+    with _partial(directory / PARTIAL / "files", directory) as partial:
+        yield partial
+        _seal(partial, record)
+        for path in sorted(partial.iterdir(), key=lambda path: (path.name != MANIFEST, path.name)):
+            path.replace(directory / path.name)
+        _sync(directory)
+
+
+def partial_path(directory: Path) -> Path:
+    """Return where ``whole`` collects a directory until it is complete."""
+    return directory.parent / PARTIAL / directory.name
+
+
+def remove(directory: Path) -> None:
+    """Delete a directory; it loses its name first, so that no half of it ever bears it."""
+    if directory.exists():
+        doomed = directory.parent / PARTIAL / f"old-{directory.name}"
+        doomed.parent.mkdir(exist_ok=True)
+        directory.rename(doomed)
+        shutil.rmtree(doomed)
+        _tidy(doomed.parent)
+
+
+def remove_partial(directory: Path) -> None:
+    """Delete what a run that was killed left unfinished in a directory."""
+    if (directory / PARTIAL).exists():
+        shutil.rmtree(directory / PARTIAL)
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """Return the manifest of a directory, after comparing every file with it.
+
+    Raises:
+        ModelError: no manifest, or a file that is not what it says; names file, expected and found.
+    """
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: expected a manifest, found none that can be read ({error})") from error
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION:
+        raise ModelError(f"{path}: expected format_version {FORMAT_VERSION}, found {version!r}; update the package")
+    if (found := _digest(manifest)) != manifest.get(_OWN):
+        raise ModelError(f"{path}: expected SHA-256 {manifest.get(_OWN)}, found {found}; the manifest is damaged")
+    for name, entry in manifest["files"].items():
+        if Path(name).name != name or name == "..":
+            raise ModelError(f"{path}: expected file names of its own directory, found {name!r}")
+        _compare(directory / name, entry)
+    checked: dict[str, Any] = manifest
+    return checked
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a manifest's own content."""
+    content = {name: value for name, value in manifest.items() if name != _OWN}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _compare(path: Path, entry: dict[str, Any]) -> None:
+    """Compare a file with its entry; the size first, which costs nothing."""
+    if not path.is_file():
+        raise ModelError(f"{path}: expected {entry.get('size')} bytes, found no file; the directory is torn")
+    if (size := path.stat().st_size) != entry.get("size"):
+        raise ModelError(f"{path}: expected {entry.get('size')} bytes, found {size}; the file is cut or changed")
+    if (found := sha256(path)) != entry.get("sha256"):
+        raise ModelError(f"{path}: expected SHA-256 {entry.get('sha256')}, found {found}; the file is damaged")
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _partial(partial: Path, final: Path) -> Iterator[Path]:
+    """Make an empty directory; it is gone afterwards, whatever happened."""
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        yield partial
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not _is_full(error):
+            raise
+        raise ResourceError(
+            f"{final} was not written, the disk is full or at its limit: {str(error).strip().splitlines()[0]} "
+            f"({shutil.disk_usage(partial.parent).free} bytes free); nothing of it was kept, free space and run again"
+        ) from error
+    finally:
+        if partial.exists():
+            shutil.rmtree(partial)
+        _tidy(partial.parent)
+
+
+def _tidy(directory: Path) -> None:
+    if directory.exists() and not any(directory.iterdir()):
+        directory.rmdir()
+
+
+def _is_full(error: Exception) -> bool:
+    """Tell whether a write failed for want of space; torch and safetensors have no error class for it."""
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    text = str(error)
+    return "inline_container" in text or "PytorchStreamWriter" in text or any(code in text for code in _FULL.values())
+
+
+def _seal(partial: Path, record: Mapping[str, Any]) -> None:
+    """Write the manifest of what is in a directory and bring all of it to the disk."""
+    paths = sorted(partial.iterdir())
+    files = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in paths}
+    manifest = {"format_version": FORMAT_VERSION, **record, "files": files}
+    manifest[_OWN] = _digest(manifest)
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    for path in (*paths, partial / MANIFEST, partial):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,215 @@
+"""The drafter inside vLLM: one chain per request, checked by vLLM's own rejection sampler.
+
+Serve with ``RECURRENT_DRAFTING_SPECULATOR=DIR vllm serve BASE --speculative-config CONFIG``, CONFIG being
+``{"model": "recurrent_drafting.vllm_proposer.RecurrentDraftingProposer", "num_speculative_tokens": 3}``.
+
+vLLM's interface for custom proposers hands over tokens, not hidden states. ``_EngineWatch`` is the only
+place that reaches around it; it is known to be right for the versions in ``KNOWN_VERSIONS``. Nothing else in
+the package imports vLLM.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import vllm
+from torch import Tensor, nn
+from vllm.v1.sample.rejection_sampler import RejectionSampler
+
+from recurrent_drafting import assets, beam_search
+from recurrent_drafting.checkpoint import load_drafter
+from recurrent_drafting.config import BeamConfig
+from recurrent_drafting.drafter import Drafter
+from recurrent_drafting.errors import ModelError, UsageError
+
+SPECULATOR_VARIABLE = "RECURRENT_DRAFTING_SPECULATOR"
+KNOWN_VERSIONS = ("0.32",)
+
+
+@dataclass
+class _StepRecord:
+    """What one engine step showed.
+
+    Args:
+        hidden: input of the LM head, one row per logit that is sampled from, ``[R, H]``; None before it ran.
+        num_drafts: draft tokens that were verified, per request; None if no request had any.
+    """
+
+    hidden: Tensor | None = None
+    num_drafts: list[int] | None = None
+
+
+@dataclass
+class _EngineWatch:
+    """Note what vLLM's runner computes in a step and does not hand to custom proposers.
+
+    The first ``compute_logits`` of a step is the sampled rows'; prompt log-probabilities call it again. The
+    scheduler may trim drafts, so how many were verified is read from what the rejection sampler is given.
+
+    Args:
+        step: record of the current step; a forward of the model begins a new one.
+    """
+
+    step: _StepRecord = field(default_factory=_StepRecord)
+
+    def attach(self, model: Any) -> None:
+        """Watch a model and the rejection sampler of this process.
+
+        Raises:
+            ModelError: this vLLM is none of the known ones.
+        """
+        if not vllm.__version__.startswith(KNOWN_VERSIONS):
+            raise ModelError(
+                f"vLLM {vllm.__version__} is not known to work with this proposer: expected "
+                f"{' or '.join(f'{version}.x' for version in KNOWN_VERSIONS)}; install one of them"
+            )
+        model.register_forward_pre_hook(self._begin_step)
+        compute_logits = model.compute_logits
+
+        @functools.wraps(compute_logits)
+        def watched_logits(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self.step.hidden is None:
+                self.step.hidden = hidden
+            return compute_logits(hidden, *args, **kwargs)
+
+        model.compute_logits = watched_logits
+        reject = RejectionSampler.forward
+
+        @functools.wraps(reject)
+        def watched_reject(sampler: Any, metadata: Any, *args: Any, **kwargs: Any) -> Any:
+            self.step.num_drafts = list(metadata.num_draft_tokens)
+            return reject(sampler, metadata, *args, **kwargs)
+
+        RejectionSampler.forward = watched_reject
+
+    def _begin_step(self, *_: Any) -> None:
+        self.step = _StepRecord()
+
+
+class RecurrentDraftingProposer:
+    """Propose a chain of draft tokens for each request of a step; named in vLLM's speculative config.
+
+    Args:
+        vllm_config: the engine's configuration.
+
+    Raises:
+        UsageError: no drafter is named.
+    """
+
+    def __init__(self, vllm_config: Any) -> None:
+        self._length = int(vllm_config.speculative_config.num_speculative_tokens)
+        self._max_model_len = int(vllm_config.model_config.max_model_len)
+        self._base = str(vllm_config.model_config.model)
+        named = (vllm_config.additional_config or {}).get("speculator_path")
+        self._path = named or os.environ.get(SPECULATOR_VARIABLE)
+        if not self._path:
+            raise UsageError(
+                f"no drafter is named: set {SPECULATOR_VARIABLE} to its directory, or pass "
+                '--additional-config \'{"speculator_path": "DIR"}\''
+            )
+        self._watch = _EngineWatch()
+        self._drafter: Drafter | None = None
+        self._embed: Any = None
+
+    def load_model(self, target_model: nn.Module) -> None:
+        """Load the drafter beside the model that it drafts for.
+
+        Raises:
+            ModelError: it does not fit, or this vLLM is not known.
+        """
+        drafter = load_drafter(str(self._path))
+        self._check_fit(drafter, target_model)
+        weight = next(target_model.parameters())
+        nn.Module.to(drafter, device=weight.device, dtype=weight.dtype)
+        drafter.train(False)
+        self._drafter = drafter
+        self._embed = target_model.embed_input_ids
+        self._watch.attach(target_model)
+
+    def propose(
+        self,
+        sampled_token_ids: Sequence[Sequence[int]],
+        num_tokens_no_spec: np.ndarray[Any, Any],
+        token_ids_cpu: np.ndarray[Any, Any],  # noqa: ARG002 - vLLM passes it
+        slot_mappings: object = None,  # noqa: ARG002 - vLLM passes it
+    ) -> list[list[int]]:
+        """Return up to ``num_speculative_tokens`` draft tokens per request.
+
+        Args:
+            sampled_token_ids: tokens that this step decided, per request; empty while a prompt is being read.
+            num_tokens_no_spec: tokens of each request, the new ones included.
+            token_ids_cpu: unused.
+            slot_mappings: unused.
+
+        Raises:
+            ModelError: the rows of the step are not those that its requests should have.
+        """
+        proposals: list[list[int]] = [[] for _ in sampled_token_ids]
+        rooms = [self._room(int(num_tokens_no_spec[i])) for i in range(len(proposals))]
+        asked = [i for i, tokens in enumerate(sampled_token_ids) if tokens and rooms[i] > 0]
+        if not asked:
+            return proposals
+        rows = self._context_rows(sampled_token_ids)
+        assert self._watch.step.hidden is not None
+        context = self._watch.step.hidden[[rows[i] for i in asked]]
+        root = torch.tensor([sampled_token_ids[i][-1] for i in asked], device=context.device)
+        for i, chain in zip(asked, self._draft(context, root), strict=True):
+            proposals[i] = chain[: rooms[i]]
+        return proposals
+
+    @torch.inference_mode()
+    def _draft(self, context: Tensor, root: Tensor) -> list[list[int]]:
+        """Return the drafter's greedy chain per request, from contexts ``[B, H]`` and roots ``[B]``."""
+        assert self._drafter is not None
+        beam = BeamConfig(width=1, length=self._length)
+        beams = beam_search.draft(self._drafter, context.to(self._drafter.dtype), root, self._embed, beam)
+        chains: list[list[int]] = beams.tokens[:, :, 0].tolist()
+        finite = torch.isfinite(beams.log_probs[:, :, 0]).all(dim=1).tolist()
+        return [chain if ok else [] for chain, ok in zip(chains, finite, strict=True)]
+
+    def _room(self, tokens: int) -> int:
+        """Return how many draft tokens still fit behind a request's tokens."""
+        return min(self._length, self._max_model_len - tokens - 1)
+
+    def _context_rows(self, sampled_token_ids: Sequence[Sequence[int]]) -> list[int]:
+        """Return, per request, the row of the step that its last decided token was sampled from.
+
+        A request that verified n draft tokens has n + 1 rows, also when its tokens are discarded; of these the
+        last accepted one decided the last token.
+        """
+        step = self._watch.step
+        num_drafts = step.num_drafts or [0] * len(sampled_token_ids)
+        expected = sum(num_drafts) + len(num_drafts)
+        found = None if step.hidden is None else len(step.hidden)
+        if len(num_drafts) != len(sampled_token_ids) or found != expected:
+            raise ModelError(
+                f"vLLM {vllm.__version__} showed {found} hidden rows and {len(num_drafts)} requests in a step: "
+                f"expected {expected} rows for {len(sampled_token_ids)} requests; please report the engine's settings"
+            )
+        rows, offset = [], 0
+        for drafts, tokens in zip(num_drafts, sampled_token_ids, strict=True):
+            rows.append(offset + max(len(tokens) - 1, 0))
+            offset += drafts + 1
+        return rows
+
+    def _check_fit(self, drafter: Drafter, target_model: nn.Module) -> None:
+        config, target = drafter.config, target_model.config
+        for name in ("hidden_size", "vocab_size"):
+            if getattr(config, name) != getattr(target, name):
+                raise ModelError(
+                    f"drafter {self._path} does not fit {self._base}: expected {name} {getattr(target, name)}, "
+                    f"got {getattr(config, name)}; use the base it was trained for ({config.verifier_name_or_path})"
+                )
+        found = assets.asset_fingerprint(Path(self._base)) if Path(self._base).is_dir() else None
+        if None not in (found, config.verifier_fingerprint) and found != config.verifier_fingerprint:
+            raise ModelError(
+                f"drafter {self._path} was trained for another base: expected {config.verifier_name_or_path} "
+                f"({config.verifier_fingerprint}), got {self._base} ({found})"
+            )

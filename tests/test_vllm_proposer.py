@@ -1,0 +1,161 @@
+"""The proposer's bookkeeping against steps as vLLM's runner makes them; needs vLLM, without an engine.
+
+``benchmarks/vllm.py`` runs the real engine.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from recurrent_drafting import BeamConfig, Drafter, beam_search
+from recurrent_drafting.errors import ModelError, UsageError
+from tests.tiny import make_drafter, make_verifier
+
+pytest.importorskip("vllm")
+from recurrent_drafting import vllm_proposer
+from recurrent_drafting.vllm_proposer import RecurrentDraftingProposer, RejectionSampler
+
+LENGTH, MAX_MODEL_LEN = 3, 64
+VERIFIER = make_verifier("llama")
+
+
+class Target(nn.Module):
+    """A target as vLLM builds it: embeddings by method, logits from hidden rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        self.config = SimpleNamespace(hidden_size=VERIFIER.hidden_size, vocab_size=VERIFIER.vocab_size)
+
+    def embed_input_ids(self, ids: Tensor) -> Tensor:
+        return VERIFIER.embed(ids)
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def forward(self) -> None:
+        """Begin a step."""
+
+
+@pytest.fixture
+def drafter(tmp_path: Path) -> Drafter:
+    drafter = make_drafter(VERIFIER)
+    drafter.save_pretrained(tmp_path)
+    return drafter
+
+
+@pytest.fixture
+def engine(drafter: Drafter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Target]:
+    """Return a loaded proposer and its target; vLLM's rejection sampler is put back afterwards."""
+    monkeypatch.setattr(RejectionSampler, "forward", lambda _sampler, _metadata: None)
+    proposer = RecurrentDraftingProposer(config(speculator_path=str(tmp_path)))
+    target = Target()
+    proposer.load_model(target)
+    return proposer, target
+
+
+def config(**additional: str) -> Any:
+    return SimpleNamespace(
+        speculative_config=SimpleNamespace(num_speculative_tokens=LENGTH),
+        model_config=SimpleNamespace(max_model_len=MAX_MODEL_LEN, model="base"),
+        additional_config=additional,
+    )
+
+
+def run_step(
+    engine: tuple[Any, Target], drafts: list[int] | None, sampled: list[list[int]], lengths: list[int] | None = None
+) -> tuple[list[list[int]], Tensor]:
+    """Do what the runner does in a step: forward, logits, rejection, prompt log-probabilities, propose."""
+    proposer, target = engine
+    rows = sum(n + 1 for n in drafts) if drafts is not None else len(sampled)
+    hidden = torch.randn(rows, VERIFIER.hidden_size, dtype=torch.float64)
+    target()
+    target.compute_logits(hidden)
+    if drafts is not None:
+        sampler = RejectionSampler.__new__(RejectionSampler)
+        RejectionSampler.forward(sampler, SimpleNamespace(num_draft_tokens=drafts))
+    target.compute_logits(torch.zeros(5, VERIFIER.hidden_size))  # prompt log-probabilities
+    lengths = lengths or [10] * len(sampled)
+    return proposer.propose(sampled, np.array(lengths), np.zeros((len(sampled), MAX_MODEL_LEN))), hidden
+
+
+def chain(drafter: Drafter, context: Tensor, root: int) -> list[int]:
+    beam = BeamConfig(width=1, length=LENGTH)
+    beams = beam_search.draft(drafter, context.unsqueeze(0), torch.tensor([root]), VERIFIER.embed, beam)
+    return list(beams.tokens[0, :, 0].tolist())
+
+
+def test_without_drafts_each_request_has_one_row(engine: Any, drafter: Drafter) -> None:
+    got, hidden = run_step(engine, None, [[7], [9], [11]])
+    assert got == [chain(drafter, hidden[i], root) for i, root in enumerate((7, 9, 11))]
+
+
+def test_the_context_is_the_row_of_the_last_accepted_draft(engine: Any, drafter: Drafter) -> None:
+    # 3 verified and 2 accepted; 1 (trimmed) and none accepted; no draft; 3 and all accepted.
+    got, hidden = run_step(engine, [3, 1, 0, 3], [[4, 5, 6], [8], [9], [1, 2, 3, 10]])
+    rows = (2, 4, 6, 10)
+    assert got == [chain(drafter, hidden[row], root) for row, root in zip(rows, (6, 8, 9, 10), strict=True)]
+
+
+def test_a_request_whose_tokens_are_discarded_keeps_its_rows(engine: Any, drafter: Drafter) -> None:
+    got, hidden = run_step(engine, [2, 0, 1], [[], [9], [5, 6]])
+    assert got == [[], chain(drafter, hidden[3], 9), chain(drafter, hidden[5], 6)]
+
+
+def test_a_step_does_not_see_the_one_before(engine: Any, drafter: Drafter) -> None:
+    run_step(engine, [3, 3], [[4, 5, 6], [8]])
+    got, hidden = run_step(engine, None, [[7]])
+    assert got == [chain(drafter, hidden[0], 7)]
+
+
+def test_proposals_stay_within_the_models_length(engine: Any) -> None:
+    got, _ = run_step(engine, None, [[7], [8], [9]], [MAX_MODEL_LEN, MAX_MODEL_LEN - 1, MAX_MODEL_LEN - 3])
+    assert [len(tokens) for tokens in got] == [0, 0, 2]
+
+
+def test_a_step_without_decided_tokens_proposes_nothing(engine: Any) -> None:
+    got, _ = run_step(engine, None, [[], []])
+    assert got == [[], []]
+
+
+def test_a_non_finite_context_proposes_nothing(engine: Any) -> None:
+    proposer, target = engine
+    target()
+    target.compute_logits(torch.full((1, VERIFIER.hidden_size), torch.nan, dtype=torch.float64))
+    assert proposer.propose([[7]], np.array([10]), np.zeros((1, MAX_MODEL_LEN))) == [[]]
+
+
+def test_rows_that_do_not_add_up_are_an_error(engine: Any) -> None:
+    proposer, target = engine
+    target()
+    target.compute_logits(torch.zeros(5, VERIFIER.hidden_size))
+    with pytest.raises(ModelError, match=r"5 hidden rows and 2 requests.*expected 2 rows"):
+        proposer.propose([[7], [8]], np.array([10, 10]), np.zeros((2, MAX_MODEL_LEN)))
+
+
+def test_the_drafter_is_named_by_configuration_or_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(vllm_proposer.SPECULATOR_VARIABLE, raising=False)
+    with pytest.raises(UsageError, match=f"set {vllm_proposer.SPECULATOR_VARIABLE}"):
+        RecurrentDraftingProposer(config())
+    monkeypatch.setenv(vllm_proposer.SPECULATOR_VARIABLE, "somewhere")
+    RecurrentDraftingProposer(config())
+
+
+def test_a_drafter_of_another_size_and_an_unknown_vllm_are_refused(
+    drafter: Drafter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert drafter.config.hidden_size == VERIFIER.hidden_size
+    target = Target()
+    target.config.hidden_size = 5
+    with pytest.raises(ModelError, match=f"expected hidden_size 5, got {VERIFIER.hidden_size}"):
+        RecurrentDraftingProposer(config(speculator_path=str(tmp_path))).load_model(target)
+    monkeypatch.setattr(vllm_proposer, "KNOWN_VERSIONS", ("9.9",))
+    with pytest.raises(ModelError, match=r"not known to work.*9\.9\.x"):
+        RecurrentDraftingProposer(config(speculator_path=str(tmp_path))).load_model(Target())
