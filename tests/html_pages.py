@@ -33,8 +33,8 @@ class Element:
         return found
 
     def figure(self, title: str) -> Element:
-        [found] = [item for item in self.all("figure") if item.all("figcaption")[0].parts[0] == title]
-        return found
+        """Return the first figure of that title."""
+        return next(item for item in self.all("figure") if item.all("figcaption")[0].parts[0] == title)
 
     def marks(self, title: str) -> list[str]:
         """Return what a plot says about each of its marks."""

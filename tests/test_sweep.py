@@ -11,7 +11,7 @@ import pytest
 
 import generate_speculator
 from generate_speculator import main
-from recurrent_drafting import evaluation_tracking, lossless
+from recurrent_drafting import checkpoint, evaluation_tracking, lossless, manifest
 from recurrent_drafting.checkpoint import load_drafter
 from recurrent_drafting.config import BeamConfig
 from recurrent_drafting.lossless import LosslessReport
@@ -27,7 +27,9 @@ GRID = ["--sweep", "--sweep_widths", "1", "3", "--beam_length", "2", "--sweep_no
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     folder = tmp_path_factory.mktemp("models")
     base = save_base(folder / "base")
-    return str(save_drafter(folder / "drafter", base)), str(save_questions(folder / "q.jsonl", 2))
+    drafter = save_drafter(folder / "drafter", base)
+    checkpoint.save_drafter(load_drafter(str(drafter)), drafter, {"data": "abc"})
+    return str(drafter), str(save_questions(folder / "q.jsonl", 2))
 
 
 def run(models: tuple[str, str], *argv: str) -> int:
@@ -58,8 +60,9 @@ def test_a_sweep_prints_writes_draws_and_saves(
     assert best == {"width": chosen.width, "length": 2, "max_nodes": chosen.max_nodes, "speedup": pytest.approx(gain)}
     printed = capsys.readouterr().out
     assert format_table(record) in printed and f"recommended: --beam_width {best['width']} --beam_length 2" in printed
-    config = load_drafter(models[0]).config
+    config = load_drafter(models[0]).config  # compares the files with the manifest
     assert (config.beam_width, config.beam_length, config.hidden_size) == (best["width"], 2, 32)
+    assert manifest.read(Path(models[0]))["fingerprints"]["data"] == "abc"
     root = parse(page.read_text(encoding="utf-8"))
     assert len(root.all("figure")) == 4 and len(root.all("rect", "best")) == 2
     cells = [line.all("td")[7].text for line in root.all("table")[0].all("tr")[1:]]
