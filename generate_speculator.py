@@ -196,9 +196,9 @@ def _check_evaluation(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None:
             _check_output_file(f"--{name}", Path(getattr(args, name)))
     if args.use_wandb:
-        from recurrent_drafting import evaluation_tracking
+        from recurrent_drafting import tracking
 
-        evaluation_tracking.require_wandb()
+        tracking.require_installed(["wandb"])
 
 
 def _check_sweep(args: argparse.Namespace) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from pathlib import Path
 from typing import Any
 
-from recurrent_drafting.errors import NetworkError, UsageError
+from recurrent_drafting import tracking
 from recurrent_drafting.evaluation import plain, speedup
 
 DEFAULT_PROJECT = "recurrent-drafting"
@@ -22,16 +21,6 @@ _POINT_COLUMNS = (
 )
 
 
-def require_wandb() -> None:
-    """Check that the package is there.
-
-    Raises:
-        UsageError: it is not; how to install it.
-    """
-    if importlib.util.find_spec("wandb") is None:
-        raise UsageError("--use_wandb: Weights & Biases is not installed; run: pip install wandb")
-
-
 def log(record: dict[str, Any], project: str | None) -> None:
     """Write the record of an evaluation or a sweep as one run of its own.
 
@@ -43,20 +32,16 @@ def log(record: dict[str, Any], project: str | None) -> None:
         UsageError: no login.
         NetworkError: the service did not answer.
     """
-    wandb, errors = importlib.import_module("wandb"), importlib.import_module("wandb.errors")
-    settings = wandb.Settings(disable_git=True, disable_code=True, x_disable_meta=True, x_disable_stats=True)
-    chosen = project or settings.project or DEFAULT_PROJECT
-    keep = "set WANDB_MODE=offline to keep the run on disk"
-    try:
-        kind = "sweep" if "sweep" in record else "evaluation"
-        with wandb.init(project=chosen, job_type=kind, config=config(record), settings=settings) as run:
-            columns, rows = table(record)
-            run.log({kind: wandb.Table(columns=list(columns), data=rows)})
-            run.summary.update(figures(record))
-    except errors.CommError as error:
-        raise NetworkError(f"Weights & Biases did not answer: {_first_line(error)}; {keep}") from error
-    except (errors.UsageError, errors.AuthenticationError) as error:
-        raise UsageError(f"Weights & Biases: {_first_line(error)}; run wandb login, or {keep}") from error
+    wandb = importlib.import_module("wandb")
+    settings = wandb.Settings(
+        disable_git=True, disable_code=True, x_disable_meta=True, x_disable_stats=True, x_save_requirements=False
+    )
+    kind = "sweep" if "sweep" in record else "evaluation"
+    start = {"project": project or settings.project or DEFAULT_PROJECT, "job_type": kind, "settings": settings}
+    with tracking.service_errors(), wandb.init(**start, config=config(record)) as run:
+        columns, rows = table(record)
+        run.log({kind: wandb.Table(columns=list(columns), data=rows)})
+        run.summary.update(figures(record))
 
 
 def config(record: dict[str, Any]) -> dict[str, Any]:
@@ -95,7 +80,3 @@ def table(record: dict[str, Any]) -> tuple[tuple[str, ...], list[list[Any]]]:
     rows = [[str(row.get("question_id")), *(row.get(name) for name in _ROW_COLUMNS[1:])] for row in record["rows"]]
     gains = [speedup(row) for row in record["rows"]]
     return (*_ROW_COLUMNS, "speedup"), plain([[*row, gain] for row, gain in zip(rows, gains, strict=True)])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -57,7 +57,14 @@ def legend(names: Sequence[str]) -> str:
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
-def bars(labels: Sequence[str], series: Sequence[Series], *, spec: str = ".2f", reference: float | None = None) -> str:
+def bars(
+    labels: Sequence[str],
+    series: Sequence[Series],
+    *,
+    spec: str = ".2f",
+    reference: float | None = None,
+    most: float | None = None,
+) -> str:
     """Draw horizontal bars, grouped by label.
 
     Args:
@@ -65,10 +72,10 @@ def bars(labels: Sequence[str], series: Sequence[Series], *, spec: str = ".2f", 
         series: one bar in each group.
         spec: format of the values.
         reference: where to draw a dashed line, or None.
+        most: value of a bar of full length; default the greatest.
     """
     left = min(max((len(label) for label in labels), default=0) * _LETTER + 8, 130)
-    most = _largest(series, reference)
-    scale = (_WIDTH - left - _VALUE_ROOM) / most
+    scale = (_WIDTH - left - _VALUE_ROOM) / (most or _largest(series, reference))
     group = len(series) * _BAR + 8
     height = len(labels) * group + 4
     parts = []

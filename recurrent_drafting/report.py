@@ -48,8 +48,13 @@ class Result:
     data: dict[str, Any]
 
     @classmethod
-    def of(cls, name: str, data: Any) -> Result:
+    def of(cls, name: str, data: Any, where: str | None = None) -> Result:
         """Recognise a result by its keys.
+
+        Args:
+            name: what the reader shall call it.
+            data: what the file holds.
+            where: the file, for the message; default its name.
 
         Raises:
             DataError: it is none.
@@ -58,7 +63,9 @@ class Result:
         kind = next((kind for key, kind in _KINDS.items() if key in keys), None)
         if kind is None:
             found = ", ".join(keys) or type(data).__name__
-            raise DataError(f"{name} is no result file: expected one of the keys {', '.join(_KINDS)}, found {found}")
+            raise DataError(
+                f"{where or name} is no result file: expected one of the keys {', '.join(_KINDS)}, found {found}"
+            )
         return cls(name, kind, plain(data))
 
 
@@ -77,7 +84,7 @@ def load(paths: Sequence[str]) -> list[Result]:
             raise DataError(f"{path} cannot be read: {error.strerror}; check the path") from error
         except ValueError as error:
             raise DataError(f"{path} is no JSON: {error}; expected a result file") from error
-        results.append(Result.of(stem if stems.count(stem) == 1 else str(path), data))
+        results.append(Result.of(stem if stems.count(stem) == 1 else str(path), data, str(path)))
     return results
 
 
@@ -264,7 +271,7 @@ def _acceptance(results: Sequence[Result]) -> str:
     if not depths:
         return ""
     series = [Series(result.name, _padded(values, depths)) for result, values in zip(results, shares, strict=True)]
-    drawing = plots.bars([f"depth {depth}" for depth in range(1, depths + 1)], series, spec=".1%")
+    drawing = plots.bars([f"depth {depth}" for depth in range(1, depths + 1)], series, spec=".1%", most=1.0)
     note = "share of steps with at least so many drafted tokens accepted"
     return _figure("Acceptance by depth", drawing, note, [result.name for result in results])
 
@@ -293,7 +300,7 @@ def _accepted_lengths(results: Sequence[Result]) -> str:
         Series(result.name, _padded([count / sum(steps) for count in steps] if steps else [], longest))
         for result, steps in zip(results, counts, strict=True)
     ]
-    drawing = plots.bars([f"{length} tokens" for length in range(longest)], series, spec=".1%")
+    drawing = plots.bars([f"{length} tokens" for length in range(longest)], series, spec=".1%", most=1.0)
     total = ", ".join(str(sum(steps)) for steps in counts)
     return _figure("Accepted length", drawing, f"share of steps; {total} steps", [result.name for result in results])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -12,12 +11,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from recurrent_drafting import assets, evaluation, lossless
-from recurrent_drafting.checkpoint import CONFIG
+from recurrent_drafting import assets, checkpoint, evaluation, lossless, manifest
 from recurrent_drafting.config import BeamConfig, SamplingConfig, SweepGrid
 from recurrent_drafting.decoding import AutoregressiveDecoder, GenerationOutput, SpeculativeDecoder
 from recurrent_drafting.drafter import Drafter
-from recurrent_drafting.errors import ModelError
 from recurrent_drafting.evaluation import Question, RunSettings
 from recurrent_drafting.lossless import LosslessReport
 from recurrent_drafting.metrics import DecodingStats
@@ -269,23 +266,23 @@ def format_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def save_recommended(record: dict[str, Any], drafter: Path) -> None:
+def save_recommended(record: dict[str, Any], directory: Path) -> None:
     """Make the recommended beam width and length the drafter's defaults.
 
     The tree size is not saved: it is a matter of the machine.
 
     Args:
         record: of a sweep.
-        drafter: its directory.
+        directory: the drafter's.
 
     Raises:
-        ModelError: the config cannot be read.
-        UsageError: the config cannot be written.
+        ModelError: the drafter does not load.
+        ResourceError: the disk is full; what was there stays.
     """
-    path, best = drafter / CONFIG, record["sweep"]["recommended"]
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}; the recommended setting was not saved") from error
-    config |= {"beam_width": best["width"], "beam_length": best["length"]}
-    evaluation.write_json(config, path)
+    best, drafter = record["sweep"]["recommended"], checkpoint.load_drafter(str(directory))
+    drafter.config.beam_width, drafter.config.beam_length = best["width"], best["length"]
+    sealed = (directory / manifest.MANIFEST).exists()
+    fingerprints = manifest.read(directory)["fingerprints"] if sealed else {}
+    own = checkpoint.config_fingerprints(drafter.config)
+    others = {name: value for name, value in fingerprints.items() if name not in own}
+    checkpoint.save_drafter(drafter, directory, others)

@@ -72,15 +72,26 @@ class WandbRun(WandbCallback):
             UsageError: no login.
             NetworkError: the service did not answer.
         """
-        errors = importlib.import_module("wandb.errors")
-        keep = "set WANDB_MODE=offline to keep the run on disk"
-        try:
-            with _environment("WANDB_PROJECT", self._project):
-                super().setup(*args, **kwargs)  # type: ignore[no-untyped-call]
-        except errors.CommError as error:
-            raise NetworkError(f"Weights & Biases did not answer: {_first_line(error)}; {keep}") from error
-        except (errors.UsageError, errors.AuthenticationError) as error:
-            raise UsageError(f"Weights & Biases: {_first_line(error)}; run wandb login, or {keep}") from error
+        with service_errors(), _environment("WANDB_PROJECT", self._project):
+            super().setup(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def service_errors() -> Iterator[None]:
+    """Turn errors of Weights & Biases into ours, of one line.
+
+    Raises:
+        UsageError: no login.
+        NetworkError: the service did not answer.
+    """
+    errors = importlib.import_module("wandb.errors")
+    keep = "set WANDB_MODE=offline to keep the run on disk"
+    try:
+        yield
+    except errors.CommError as error:
+        raise NetworkError(f"Weights & Biases did not answer: {_first_line(error)}; {keep}") from error
+    except (errors.UsageError, errors.AuthenticationError) as error:
+        raise UsageError(f"Weights & Biases: {_first_line(error)}; run wandb login, or {keep}") from error
 
 
 def _first_line(error: Exception) -> str:

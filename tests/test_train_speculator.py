@@ -19,12 +19,13 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 import train_speculator
-from recurrent_drafting import RecurrentDraftingConfig, Verifier, run_guard
+from recurrent_drafting import RecurrentDraftingConfig, Verifier, assets, run_guard
 from recurrent_drafting.assets import DEFAULT_BASE
 from recurrent_drafting.checkpoint import load_drafter
 from recurrent_drafting.decoding import check_fit
 from recurrent_drafting.trainer import DrafterTrainer, TrainingArguments
-from tests.text_models import save_base, save_drafter
+from tests.html_pages import parse
+from tests.text_models import save_base, save_drafter, save_questions
 from train_speculator import main
 
 FAST = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--save_strategy", "no", "--disable_tqdm", "True"]
@@ -107,6 +108,32 @@ def test_distilled_targets_and_the_expected_length_train_a_drafter(
         rows = re.findall(r"distilled targets: (\d+) rows, (\d+) positions of 5 tokens", out)
         assert [int(count) for count, _ in rows] == [5, 1]
         assert int(rows[0][1]) > 5 * 10  # "the answer is ..." is longer than 10 characters
+
+
+def test_training_writes_a_report_that_equals_its_log(
+    base: str, chats: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(base, chats, *GIVEN, "--logging_steps", "1") == 0
+    assert "report: out/report.html" in capsys.readouterr().out
+    state = json.loads(Path("out/trainer_state.json").read_text())
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    held_out = next(entry for entry in state["log_history"] if "eval_loss" in entry)
+    root = parse(Path("out/report.html").read_text(encoding="utf-8"))
+    marks = [f"training at {step}: {loss:.4g}" for step, loss in enumerate(losses, 1)]
+    assert root.marks("Loss") == [*marks, f"held out at 2: {held_out['eval_loss']:.4g}"]
+    assert f"{held_out['eval_simulated_tau']:.3f}" in [item.text for item in root.all("dd")]
+
+
+def test_quick_measures_and_reports_both(
+    base: str, chats: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(assets, "fetch", lambda _: save_questions(tmp_path / "q.jsonl"))  # no download
+    assert run(base, chats, *GIVEN, "--quick", "--bf16", "False") == 0
+    out = capsys.readouterr().out
+    assert "report: out/report.html" in out and "results: out/quick_results.json" in out
+    tau = json.loads(Path("out/quick_results.json").read_text())["summary"]["tau"]
+    root = parse(Path("out/report.html").read_text(encoding="utf-8"))
+    assert root.marks("Simulated and served tau")[1] == f"served, quick_results: {tau:.3f}"
 
 
 def test_the_same_seed_gives_the_same_drafter_and_another_does_not(base: str, chats: str) -> None:
