@@ -126,8 +126,9 @@ def base_of(config: RecurrentDraftingConfig, evaluations: Sequence[Evaluation], 
             )
     if trained_for in ASSETS:
         return Base(ASSETS[trained_for].hub_id, ASSETS[trained_for].licence.lower())
-    is_hub_id = trained_for is not None and trained_for.count("/") <= 1 and not Path(trained_for).expanduser().exists()
-    return Base(trained_for if is_hub_id else None, None)
+    if trained_for is None or trained_for != public_name(trained_for) or Path(trained_for).exists():
+        return Base(None, None)
+    return Base(trained_for if trained_for.count("/") <= 1 else None, None)
 
 
 def public_name(name: str) -> str:
