@@ -44,8 +44,8 @@ class BeamConfig:
         length: tokens drafted after the root per beam (L).
         max_nodes: nodes of the draft tree that are verified, the root included (N);
             ``None`` verifies every beam kept at every depth, W * L + 1 nodes.
-        coupling: temperature s of the drafter's own error in coupled drafting; 0 turns
-            coupling off. It has no effect on greedy decoding.
+        coupling: temperature s of the drafter's own error in coupled drafting, in units of its logits before
+            the request's temperature; 0 turns coupling off. It has no effect on greedy decoding.
 
     Raises:
         UsageError: a value is out of range.

@@ -351,7 +351,8 @@ class SpeculativeDecoder(_Decoder):
         return beam_search.Coupling(
             noise=noise[:, :, self.drafter.draft_token_ids].float(),
             warp=lambda logits: warp(logits, sampling),
-            temperature=self.beam.coupling,
+            # The request's temperature has stretched the drafter's error with its logits.
+            temperature=self.beam.coupling / sampling.temperature,
         )
 
 

@@ -165,6 +165,7 @@ class TestTracking:
             monkeypatch.setenv(f"WANDB_{name}", value)
         evaluation_tracking.log(RECORD, "drafters")
         assert wandb.run is None
+        wandb.teardown()  # its own process ends only now, and with it the settings that later runs would take over
         [table] = tmp_path.rglob("evaluation_*.table.json")
         assert json.loads(table.read_text())["data"][0][0] == "1"
         [log] = tmp_path.rglob("*.wandb")
