@@ -425,6 +425,8 @@ class Watcher(NoisyOracleDecoder):
     def _propose(self, batch: _Batch) -> DraftTree:
         coupling = self._coupling(batch)
         assert coupling is not None
+        # The allowance is in units of the drafter's logits before the request's temperature.
+        assert coupling.temperature == self.beam.coupling / batch.sampler.config.temperature
         for index, reply in enumerate(batch.replies):
             state = (batch.context[index], int(batch.root[index]), coupling.noise[index])
             self.seen.append((reply.row, len(reply.tokens), *state))
