@@ -421,12 +421,12 @@ class Watcher(NoisyOracleDecoder):
         super().__init__(verifier, drafter, BEAM, 0.7, seed=1)
         self.truth = truth
         self.seen: list[tuple[int, int, Tensor, int, Tensor]] = []
+        self.allowances: list[float] = []
 
     def _propose(self, batch: _Batch) -> DraftTree:
         coupling = self._coupling(batch)
         assert coupling is not None
-        # The allowance is in units of the drafter's logits before the request's temperature.
-        assert coupling.temperature == self.beam.coupling / batch.sampler.config.temperature
+        self.allowances.append(coupling.temperature)
         for index, reply in enumerate(batch.replies):
             state = (batch.context[index], int(batch.root[index]), coupling.noise[index])
             self.seen.append((reply.row, len(reply.tokens), *state))
@@ -447,6 +447,14 @@ def test_drafter_gets_the_last_committed_state_the_root_and_the_noise_to_come(ve
         ahead = [noise.row([8, 5, 6][row], committed.shape[1] + 1 + depth) for depth in range(BEAM.length)]
         expected = torch.stack(ahead)[:, decoder.drafter.draft_token_ids].float()
         assert torch.equal(coupled, expected)
+
+
+def test_coupling_allows_for_an_error_of_the_drafters_logits_before_the_requests_temperature(
+    verifier: Verifier,
+) -> None:
+    decoder = Watcher(verifier, [[5] * 6])
+    decoder.generate(PROMPTS[:1], max_new_tokens=6, sampling=SamplingConfig(temperature=0.25), eos_token_ids=())
+    assert set(decoder.allowances) == {4.0}
 
 
 # --- arguments and fit ---
