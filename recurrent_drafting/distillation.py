@@ -374,7 +374,7 @@ class SelfDataReport(data.ReadReport):
 
 
 def load_rows(
-    directory: Path, tokenizer: Any, max_reply_tokens: int | None = None
+    directory: Path, tokenizer: Any, max_reply_tokens: int | None = None, references: Sequence[str] = ()
 ) -> tuple[list[EncodedRow], SelfDataReport]:
     """Read a directory of chunks; leave out repeated prompts and short replies, cut loops.
 
@@ -382,11 +382,13 @@ def load_rows(
         directory: what ``SelfData.write`` filled.
         tokenizer: the verifier's.
         max_reply_tokens: rows are taken in order until they hold this many reply tokens.
+        references: texts that no conversation may share a 13-gram with, its reply included.
 
     Raises:
         DataError: no row there, or a damaged chunk.
     """
     report, rows, total = SelfDataReport(), list[EncodedRow](), 0
+    known = {ngram for text in references for ngram in data.word_ngrams(text)}
     seen: set[str] = set()
     for path in sorted(directory.glob("chunk-*.json")):
         if max_reply_tokens is not None and total >= max_reply_tokens:
@@ -399,6 +401,8 @@ def load_rows(
             prompt, reply = row["prompt"], cut_loop(row["reply"])
             text = _normalise(tokenizer.decode(prompt))
             reason = "repeated prompt" if text in seen else "short reply" if len(reply) < _MIN_REPLY_TOKENS else ""
+            if known and not reason and data.shares_ngram(tokenizer.decode(prompt + reply), known):
+                reason = "shares a 13-gram with the evaluation prompts"
             if reason:
                 report.skip(reason)
                 continue
@@ -756,13 +760,13 @@ def execute(args: argparse.Namespace) -> int:
     """Write and pack what the command line asks for."""
     name = args.llm_name_or_path
     tokenizer = data.load_tokenizer(name)
+    turns = [turn for _, row in data.read_json_rows(assets.fetch("mt-bench")) for turn in row["turns"]]
     if args.num_rows:
         names = {item.name for item in fields(SelfDataConfig)} - {"chunk_rows"}
         config = SelfDataConfig(**{name: getattr(args, name) for name in names})
-        turns = [turn for _, row in data.read_json_rows(assets.fetch("mt-bench")) for turn in row["turns"]]
         SelfData(make_engine(args.engine, name), tokenizer, config, name, turns).write(args.output_dir)
     if args.pack:
-        rows, report = load_rows(args.output_dir, tokenizer, args.pack_reply_tokens)
+        rows, report = load_rows(args.output_dir, tokenizer, args.pack_reply_tokens, turns)
         directory = assets.model_directory(name) if assets.is_asset(name) else Path(name)
         settings = {
             **json.loads((args.output_dir / _SETTINGS).read_text()),
