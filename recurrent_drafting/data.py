@@ -733,6 +733,11 @@ def word_ngrams(text: str, n: int = 13) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
 
 
+def ngrams_of(texts: Sequence[str]) -> set[tuple[str, ...]]:
+    """Return the ``word_ngrams`` of all texts together."""
+    return {ngram for text in texts for ngram in word_ngrams(text)}
+
+
 def shares_ngram(text: str, references: set[tuple[str, ...]], n: int = 13) -> bool:
     """Tell whether a text shares an n-gram of words with the references' ``word_ngrams``."""
     return not references.isdisjoint(word_ngrams(text, n))

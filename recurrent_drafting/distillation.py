@@ -222,7 +222,7 @@ class SelfData:
         self._tokenizer = tokenizer
         self._config = config
         self._base = base
-        self._references = {ngram for text in references for ngram in data.word_ngrams(text)}
+        self._references = data.ngrams_of(references)
         self._header = user_header(tokenizer)
 
     def write(self, directory: Path) -> None:
@@ -388,7 +388,7 @@ def load_rows(
         DataError: no row there, or a damaged chunk.
     """
     report, rows, total = SelfDataReport(), list[EncodedRow](), 0
-    known = {ngram for text in references for ngram in data.word_ngrams(text)}
+    known = data.ngrams_of(references)
     seen: set[str] = set()
     for path in sorted(directory.glob("chunk-*.json")):
         if max_reply_tokens is not None and total >= max_reply_tokens:

@@ -67,7 +67,7 @@ def test_packaged_conversations_share_no_13_gram_with_mt_bench() -> None:
     assert PACKAGED
     tokenizer = data.load_tokenizer(BASE)
     turns = [turn for _, row in data.read_json_rows(assets.fetch("mt-bench")) for turn in row["turns"]]
-    references = {ngram for text in turns for ngram in data.word_ngrams(text)}
+    references = data.ngrams_of(turns)
     assert len(references) > 1000
     for path in PACKAGED:
         rows, metadata = data.load_packed(path)
