@@ -470,12 +470,13 @@ def self_rows(verifier: Verifier, tokenizer: Any, directory: Path, num_rows: int
 
 
 def packaged_rows(verifier: Verifier) -> list[EncodedRow] | None:
-    """Return the packaged self-written rows of this very base, None if there are none."""
-    for path in sorted((Path(__file__).parent / "data").glob("*-self.safetensors")):
+    """Return the packaged self-written rows of this very base, all parts of them; None if there are none."""
+    rows: list[EncodedRow] = []
+    for path in sorted((Path(__file__).parent / "data").glob("*-self*.safetensors")):
         packed, metadata = data.load_packed(path)
         if verifier.fingerprint is not None and metadata.get("fingerprint") == verifier.fingerprint:
-            return packed.rows
-    return None
+            rows += packed.rows
+    return rows or None
 
 
 def regenerate(
