@@ -23,6 +23,7 @@ ORDER = (
     "assets",
     "draft_tree",
     "kv_cache",
+    "packed_model",
     "sampling",
     "acceptance",
     "drafter",
