@@ -159,6 +159,10 @@ class Verifier:
         self._fast_body, self._fast_head = twin.base_model, twin.get_output_embeddings()
         return VerifierCache(int(self._text_config.num_hidden_layers), batch_size, capacity)
 
+    def decoding_modules(self) -> tuple[nn.Module, nn.Module]:
+        """Return the body and the LM head that decoding runs, for timing them alone."""
+        return self._fast_body, self._fast_head
+
     def embed(self, token_ids: Tensor) -> Tensor:
         """Look up token embeddings: int64 ``[...]`` -> ``[..., H]``.
 

@@ -33,6 +33,7 @@ ORDER = (
     "verifier",
     "metrics",
     "tree_budget",
+    "latency_cache",
     "decoding",
     "custom_generate",
     "hub",
