@@ -378,11 +378,12 @@ class SpeculativeDecoder(_Decoder):
         sampling = batch.sampler.config
         if self.beam.coupling == 0:
             return None
-        noise = batch.sampler.upcoming_noise(range(len(batch.replies)), self.beam.length)
+        tokens = self.drafter.draft_token_ids
+        noise = batch.sampler.upcoming_noise(range(len(batch.replies)), self.beam.length, token_ids=tokens)
         if noise is None:
             return None
         return beam_search.Coupling(
-            noise=noise[:, :, self.drafter.draft_token_ids].float(),
+            noise=noise.float(),
             warp=lambda logits: warp(logits, sampling),
             # The request's temperature has stretched the drafter's error with its logits.
             temperature=self.beam.coupling / sampling.temperature,
