@@ -86,7 +86,7 @@ def _expand(logits: Tensor, width: int, depth: int, coupling: Coupling | None) -
     if coupling is not None:
         batch, beams, vocab = logits.shape
         warped = coupling.warp(logits.reshape(-1, vocab)).view(batch, beams, vocab)
-        log_q = warped.log_softmax(dim=-1)
-        logits = (log_q + coupling.noise[:, depth].unsqueeze(1).float()) / coupling.temperature
+        # Log-probabilities would differ from these by a constant per beam, which ``logsumexp`` below takes out.
+        logits = (warped + coupling.noise[:, depth].unsqueeze(1).float()) / coupling.temperature
     values, draft_ids = logits.topk(width, dim=-1)
     return values - logits.logsumexp(dim=-1, keepdim=True), draft_ids

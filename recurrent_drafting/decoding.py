@@ -7,11 +7,12 @@ picks, keep the accepted rows of the cache. The baseline proposes the root alone
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,12 @@ from recurrent_drafting.drafter import Drafter
 from recurrent_drafting.errors import DataError, ModelError, UsageError
 from recurrent_drafting.kv_cache import VerifierCache
 from recurrent_drafting.metrics import DecodingStats
+from recurrent_drafting.packed_model import DecodingTwin
 from recurrent_drafting.sampling import Sampler, warp
-from recurrent_drafting.tree_budget import LatencyCurve
+from recurrent_drafting.tree_budget import DraftBudget, LatencyCurve, LatencyTable
 from recurrent_drafting.verifier import Verifier
+
+logger = logging.getLogger(__name__)
 
 StopFunction = Callable[[Sequence[int]], int | None]
 
@@ -130,6 +134,7 @@ class _Batch:
         cache: the verifier's cache of each live row.
         context: hidden state at the last committed token, ``[B, H]``.
         root: the token chosen after it, int64 ``[B]``.
+        budget: what drafting may cost, None where the tree's size is fixed.
     """
 
     replies: list[_Reply]
@@ -137,6 +142,7 @@ class _Batch:
     cache: VerifierCache
     context: Tensor
     root: Tensor
+    budget: DraftBudget | None = None
 
     def drop_finished(self) -> None:
         """Let rows leave whose reply has ended, so that no work is done for them."""
@@ -243,6 +249,8 @@ class _Decoder(ABC):
             output = self.verifier.verify(tree, batch.cache)
         with stats.phase("sample"):
             accepted = acceptance.walk(tree, output.logits, batch.sampler)
+        if batch.budget is not None:
+            batch.budget.record(sum(len(path) - 1 for path in accepted.paths))
         with stats.phase("cache"):
             batch.cache.keep(accepted.paths)
             last = torch.tensor([path[-1] for path in accepted.paths], device=output.hidden.device)
@@ -292,8 +300,9 @@ class SpeculativeDecoder(_Decoder):
         verifier: the frozen base model.
         drafter: a drafter that was trained for it.
         beam: shape of the beam search and the tree; default the drafter's own width and length.
-        latency: verify cost by tree size; when given, each step verifies as many nodes (at most
-            ``beam.max_nodes``) as maximise expected tokens per second.
+        latency: costs by tree size, for one batch size or several; when given, each step drafts as deep and
+            verifies as many nodes (at most ``beam.max_nodes``) as maximise expected tokens per second, and
+            where drafting does not pay the decoder goes on as the baseline does.
         allow_base_mismatch: accept a drafter that was trained for another base of equal sizes.
 
     Raises:
@@ -306,7 +315,7 @@ class SpeculativeDecoder(_Decoder):
         drafter: Drafter,
         beam: BeamConfig | None = None,
         *,
-        latency: LatencyCurve | None = None,
+        latency: LatencyCurve | LatencyTable | None = None,
         allow_base_mismatch: bool = False,
     ) -> None:
         super().__init__(verifier)
@@ -320,36 +329,61 @@ class SpeculativeDecoder(_Decoder):
             nn.Module.to(drafter, device=verifier.device, dtype=verifier.dtype)
         drafter.train(False)
         self.drafter = drafter
+        self._twin = DecodingTwin(drafter)
+        self._told = False
 
     @property
     def _max_tree_nodes(self) -> int:
         full = self.beam.width * self.beam.length + 1
         return full if self.beam.max_nodes is None else min(full, self.beam.max_nodes)
 
+    def _prefill(
+        self, prompts: list[list[int]], replies: list[_Reply], sampler: Sampler, stats: DecodingStats
+    ) -> _Batch:
+        batch = super()._prefill(prompts, replies, sampler, stats)
+        if self.latency is not None:
+            table = LatencyTable({1: self.latency}) if isinstance(self.latency, LatencyCurve) else self.latency
+            batch.budget = DraftBudget(table, self.beam, self._max_tree_nodes)
+        return batch
+
     def _propose(self, batch: _Batch) -> DraftTree:
-        if self._max_tree_nodes == 1:
+        budget = batch.budget
+        if self._max_tree_nodes == 1 or (budget is not None and not self._worth_drafting(budget, len(batch.replies))):
             return DraftTree.root_only(batch.root)
+        twin: Any = self._twin.get()
         beams = beam_search.draft(
-            self.drafter,
+            twin,
             batch.context,
             batch.root,
             self.verifier.embed,
             self.beam,
             self._coupling(batch),
-            None if self.latency is None else self.latency.worth_going_on,
+            None if budget is None else budget.worth_going_on,
         )
-        tree = DraftTree.from_beams(batch.root, beams, self._max_tree_nodes)
-        return tree if self.latency is None else tree.prune(self.latency.best_nodes(tree))
+        nodes = self._max_tree_nodes if budget is None else budget.choose(beams.log_probs)
+        return DraftTree.root_only(batch.root) if nodes == 1 else DraftTree.from_beams(batch.root, beams, nodes)
+
+    def _worth_drafting(self, budget: DraftBudget, rows: int) -> bool:
+        wanted = budget.wants_draft(rows)
+        if budget.hopeless and not self._told:
+            self._told = True
+            logger.warning(
+                "drafting does not pay here (%d rows at a time): going on without it, as the baseline does; "
+                "texts stay the same, --max_tree_nodes N drafts all the same",
+                rows,
+            )
+        return wanted
 
     def _coupling(self, batch: _Batch) -> beam_search.Coupling | None:
         sampling = batch.sampler.config
         if self.beam.coupling == 0:
             return None
-        noise = batch.sampler.upcoming_noise(range(len(batch.replies)), self.beam.length)
+        tokens = self.drafter.draft_token_ids
+        noise = batch.sampler.upcoming_noise(range(len(batch.replies)), self.beam.length, token_ids=tokens)
         if noise is None:
             return None
         return beam_search.Coupling(
-            noise=noise[:, :, self.drafter.draft_token_ids].float(),
+            noise=noise.float(),
             warp=lambda logits: warp(logits, sampling),
             # The request's temperature has stretched the drafter's error with its logits.
             temperature=self.beam.coupling / sampling.temperature,

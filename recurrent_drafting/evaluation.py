@@ -28,9 +28,10 @@ from recurrent_drafting.decoding import (
 )
 from recurrent_drafting.drafter import Drafter
 from recurrent_drafting.errors import DataError, ResourceError, UsageError
+from recurrent_drafting.latency_cache import latency_table, processor
 from recurrent_drafting.lossless import LosslessReport
 from recurrent_drafting.metrics import DecodingStats
-from recurrent_drafting.tree_budget import LatencyCurve
+from recurrent_drafting.tree_budget import LatencyTable
 from recurrent_drafting.verifier import Verifier
 
 _TURNS_PER_QUESTION = 16
@@ -241,7 +242,7 @@ def speculative_decoder(
     allow_base_mismatch: bool = False,
     repeats: int = 5,
 ) -> SpeculativeDecoder:
-    """Build the decoder that the settings describe; measure its latency curve if they say so.
+    """Build the decoder that the settings describe, with its latency curves if they say so.
 
     Args:
         verifier: the base.
@@ -255,7 +256,7 @@ def speculative_decoder(
     """
     decoder = SpeculativeDecoder(verifier, drafter, settings.beam, allow_base_mismatch=allow_base_mismatch)
     if settings.auto_tree and decoder.beam.max_nodes is None:
-        decoder.latency = LatencyCurve.measure(verifier, decoder.drafter, decoder.beam, repeats=repeats)
+        decoder.latency = latency_table(verifier, decoder.drafter, decoder.beam, settings.batch_size, repeats=repeats)
     return decoder
 
 
@@ -525,8 +526,9 @@ class Evaluation:
         }
         if self._speculative is not None:
             latency = self._speculative.latency
+            curve = latency.at(settings.batch_size) if isinstance(latency, LatencyTable) else latency
             described["beam"] = asdict(self._speculative.beam)
-            described["latency_curve"] = None if latency is None else asdict(latency)
+            described["latency_curve"] = None if curve is None else asdict(curve)
         return described
 
 
@@ -579,7 +581,7 @@ def machine() -> dict[str, Any]:
     """Describe where figures were measured: processor, threads, versions."""
     packages = ("torch", "transformers", "datasets", "accelerate", "safetensors", "tokenizers")
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "accelerators": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
@@ -597,15 +599,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def write_json(record: dict[str, Any], path: Path) -> None:

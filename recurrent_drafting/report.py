@@ -114,6 +114,20 @@ def render(results: Sequence[Result]) -> str:
         ]
     else:
         parts += [_evaluation(result) for result in evaluations]
+    return _page(title, parts)
+
+
+def page(title: str, figures: Sequence[str]) -> str:
+    """Return an HTML page of plots.
+
+    Args:
+        title: its heading.
+        figures: what ``figure`` returned.
+    """
+    return _page(title, [f"<h1>{escape(title)}</h1>", f'<div class="plots">{"".join(figures)}</div>'])
+
+
+def _page(title: str, parts: Sequence[str]) -> str:
     template = Template(_TEMPLATE.read_text(encoding="utf-8"))
     return template.substitute(title=escape(title), body="\n".join(part for part in parts if part))
 
@@ -206,7 +220,8 @@ def _plots(figures: Iterable[str]) -> str:
     return f'<div class="plots">{"".join(figures)}</div>'
 
 
-def _figure(title: str, drawing: str, note: str = "", names: Sequence[str] = ()) -> str:
+def figure(title: str, drawing: str, note: str = "", names: Sequence[str] = ()) -> str:
+    """Frame a drawing of ``plots`` with its title, a note and the key of its colours."""
     small = f"<small>{escape(note)}</small>" if note else ""
     return (
         f"<figure><figcaption>{escape(title)}{small}</figcaption>{drawing}{plots.legend(names)}</figure>"
@@ -246,7 +261,7 @@ def _speedup_by_category(results: Sequence[Result]) -> str:
     ]
     drawing = plots.bars([name or "all" for name in categories], series, reference=1.0)
     note = "median over prompts, line from least to greatest; dashed: the baseline"
-    return _figure("Speed-up by category", drawing, note, [result.name for result in results])
+    return figure("Speed-up by category", drawing, note, [result.name for result in results])
 
 
 def _tau_by_category(results: Sequence[Result]) -> str:
@@ -261,7 +276,7 @@ def _tau_by_category(results: Sequence[Result]) -> str:
     if not any(value is not None for item in series for value in item.values):
         return ""
     drawing = plots.bars([name or "all" for name in categories], series)
-    return _figure("tau by category", drawing, "tokens per verifier step", [result.name for result in results])
+    return figure("tau by category", drawing, "tokens per verifier step", [result.name for result in results])
 
 
 def _acceptance(results: Sequence[Result]) -> str:
@@ -273,7 +288,7 @@ def _acceptance(results: Sequence[Result]) -> str:
     series = [Series(result.name, _padded(values, depths)) for result, values in zip(results, shares, strict=True)]
     drawing = plots.bars([f"depth {depth}" for depth in range(1, depths + 1)], series, spec=".1%", most=1.0)
     note = "share of steps with at least so many drafted tokens accepted"
-    return _figure("Acceptance by depth", drawing, note, [result.name for result in results])
+    return figure("Acceptance by depth", drawing, note, [result.name for result in results])
 
 
 def _padded(values: Sequence[float], length: int) -> list[float | None]:
@@ -302,7 +317,7 @@ def _accepted_lengths(results: Sequence[Result]) -> str:
     ]
     drawing = plots.bars([f"{length} tokens" for length in range(longest)], series, spec=".1%", most=1.0)
     total = ", ".join(str(sum(steps)) for steps in counts)
-    return _figure("Accepted length", drawing, f"share of steps; {total} steps", [result.name for result in results])
+    return figure("Accepted length", drawing, f"share of steps; {total} steps", [result.name for result in results])
 
 
 def tau_by_position(rows: Iterable[dict[str, Any]]) -> list[tuple[int, float]]:
@@ -333,7 +348,7 @@ def _tau_by_position(results: Sequence[Result]) -> str:
     if not any(curve.points for curve in curves):
         return ""
     drawing = plots.lines(curves, x_label="token of the reply")
-    return _figure("tau over the reply", drawing, "tokens per verifier step", [result.name for result in results])
+    return figure("tau over the reply", drawing, "tokens per verifier step", [result.name for result in results])
 
 
 def _time_split(summary: dict[str, Any]) -> str:
@@ -343,7 +358,7 @@ def _time_split(summary: dict[str, Any]) -> str:
         return ""
     names = [f"{name} {seconds / total:.1%}" for name, seconds in phases.items()]
     note = f"{total:.1f} s of {summary.get('method')} decoding"
-    return _figure("Time split", plots.stack(list(phases.items())), note, names)
+    return figure("Time split", plots.stack(list(phases.items())), note, names)
 
 
 def _latency(data: dict[str, Any]) -> str:
@@ -352,7 +367,7 @@ def _latency(data: dict[str, Any]) -> str:
         return ""
     points = [(nodes, seconds * 1000) for nodes, seconds in zip(curve["nodes"], curve["seconds"], strict=True)]
     drawing = plots.lines([Line("verify", points)], x_label="tree nodes", spec=".0f")
-    return _figure("Cost of a verifier step", drawing, "milliseconds of one forward by tree size")
+    return figure("Cost of a verifier step", drawing, "milliseconds of one forward by tree size")
 
 
 # Prompts
@@ -524,7 +539,7 @@ def _run_speedups(results: Sequence[Result]) -> str:
     ]
     series = Series("", [summary.get("speedup_median") for summary in summaries], ranges)
     drawing = plots.bars([result.name for result in results], [series], reference=1.0)
-    return _figure("Speed-up of each run", drawing, "median over prompts, line from least to greatest")
+    return figure("Speed-up of each run", drawing, "median over prompts, line from least to greatest")
 
 
 # Training
@@ -568,10 +583,10 @@ def _curves(history: Sequence[dict[str, Any]], title: str, names: dict[str, str]
     if not curves:
         return ""
     if all(len(curve.points) == 1 for curve in curves):
-        return _figure(
+        return figure(
             title, plots.bars([c.name for c in curves], [Series("", [c.points[0][1] for c in curves])], spec=spec)
         )
-    return _figure(title, plots.lines(curves, x_label="step", spec=spec), names=[curve.name for curve in curves])
+    return figure(title, plots.lines(curves, x_label="step", spec=spec), names=[curve.name for curve in curves])
 
 
 def _taus(simulated: float | None, evaluations: Sequence[Result]) -> str:
@@ -581,7 +596,7 @@ def _taus(simulated: float | None, evaluations: Sequence[Result]) -> str:
         return ""
     drawing = plots.bars(labels, [Series("", values)], spec=".3f", reference=1.0)
     note = "simulated on held-out rows, served on the prompts of the evaluation"
-    return _figure("Simulated and served tau", drawing, note)
+    return figure("Simulated and served tau", drawing, note)
 
 
 # Sweep
@@ -644,7 +659,7 @@ def _heat_map(points: Sequence[dict[str, Any]], group: tuple[float, int | None],
     rows, columns = [f"width {width}" for width in widths], [f"length {length}" for length in lengths]
     scale = (min(known, default=0.0), max(known, default=1.0))
     title = f"Temperature {temperature:g}, tree nodes {_nodes({'max_nodes': max_nodes})}"
-    return _figure(title, plots.heat_map(rows, columns, values, scale, framed), note)
+    return figure(title, plots.heat_map(rows, columns, values, scale, framed), note)
 
 
 def _point_cells(point: dict[str, Any]) -> tuple[str, ...]:

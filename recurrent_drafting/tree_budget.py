@@ -1,10 +1,14 @@
-"""Choose how many nodes to verify by cost: expected tokens against a measured latency curve."""
+"""Choose by cost whether to draft, how deep, and how many nodes to verify: expected tokens against measured seconds."""
 
 from __future__ import annotations
 
+import bisect
+import itertools
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +17,17 @@ from recurrent_drafting import beam_search
 from recurrent_drafting.config import BeamConfig
 from recurrent_drafting.draft_tree import DraftTree
 from recurrent_drafting.drafter import Drafter
+from recurrent_drafting.packed_model import DecodingTwin
 from recurrent_drafting.verifier import Verifier
 
 # Tree sizes that are timed; a step verifies one of them, so shapes stay few.
 NODE_COUNTS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+# Drafted tokens that a generation's own record of acceptance is weighed against.
+_PRIOR_TOKENS = 8.0
+# Losses are counted in baseline steps: what drafting may lose before it pauses, what a trial after a pause
+# may lose, what gains may offset later; and how long the first pause and the longest are.
+_MAX_LOSS, _TRIAL_LOSS, _MAX_CREDIT = 1.5, 0.25, 3.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 16, 256
 
 
 @dataclass(frozen=True)
@@ -35,7 +46,14 @@ class LatencyCurve:
 
     @classmethod
     def measure(
-        cls, verifier: Verifier, drafter: Drafter, beam: BeamConfig, *, prefix_length: int = 128, repeats: int = 5
+        cls,
+        verifier: Verifier,
+        drafter: Drafter,
+        beam: BeamConfig,
+        *,
+        batch_size: int = 1,
+        prefix_length: int = 128,
+        repeats: int = 5,
     ) -> LatencyCurve:
         """Time the draft, and verify forwards over chains of growing size behind a prefix.
 
@@ -43,6 +61,7 @@ class LatencyCurve:
             verifier: the base model.
             drafter: in the verifier's dtype and on its device.
             beam: shape of the beams; the largest tree holds all of them.
+            batch_size: rows of a forward.
             prefix_length: committed tokens in the cache.
             repeats: timed forwards per size; sizes take turns, the median counts.
         """
@@ -50,39 +69,57 @@ class LatencyCurve:
         sizes = sorted({n for n in NODE_COUNTS if n < most} | {most})
         if verifier.context_window is not None:
             prefix_length = max(1, min(prefix_length, verifier.context_window - 1))
-        cache = verifier.new_cache(1, prefix_length + most)
-        hidden = verifier.prefill([[1] * prefix_length], cache).hidden[:, 0]
+        cache = verifier.new_cache(batch_size, prefix_length + most)
+        hidden = verifier.prefill([[1] * prefix_length] * batch_size, cache).hidden[:, 0]
         samples: dict[int, list[float]] = {n: [] for n in [0, *sizes]}
-        root = torch.ones(1, dtype=torch.long, device=verifier.device)
+        root = torch.ones(batch_size, dtype=torch.long, device=verifier.device)
+        twin: Any = DecodingTwin(drafter).get()
         for _ in range(repeats + 1):
             start = time.perf_counter()
             with torch.inference_mode():
-                beams = beam_search.draft(drafter, hidden, root, verifier.embed, beam)
+                beams = beam_search.draft(twin, hidden, root, verifier.embed, beam)
                 DraftTree.from_beams(root, beams).parents.tolist()  # waits for the device
             samples[0].append(time.perf_counter() - start)
             for size in sizes:
                 start = time.perf_counter()
-                verifier.verify(_chain(size, verifier.device), cache).logits[0, 0].argmax().item()
+                verifier.verify(_chains(batch_size, size, verifier.device), cache).logits[0, 0].argmax().item()
                 samples[size].append(time.perf_counter() - start)
         # The first round warms up. A curve never falls: noise must not make a larger tree "cheaper".
         medians = {n: sorted(values[1:])[repeats // 2] for n, values in samples.items()}
         rising = [max(medians[n] for n in sizes[: index + 1]) for index in range(len(sizes))]
         return cls(tuple(sizes), tuple(rising), depth_seconds=medians[0] / beam.length)
 
-    def best_nodes(self, tree: DraftTree) -> int:
+    def seconds_of(self, nodes: int) -> float:
+        """Return seconds of a forward over a number of nodes: those of the next size that was timed."""
+        return self.seconds[min(bisect.bisect_left(self.nodes, nodes), len(self.nodes) - 1)]
+
+    def can_pay(self, length: int, max_nodes: int) -> bool:
+        """Tell whether drafting would pay if all of a draft were accepted.
+
+        Args:
+            length: depths that may be drafted.
+            max_nodes: nodes that may be verified, the root included.
+        """
+        return any(
+            (1 + min(depth, min(nodes, max_nodes) - 1)) * self.seconds[0] > depth * self.depth_seconds + seconds
+            for depth in range(1, length + 1)
+            for nodes, seconds in zip(self.nodes, self.seconds, strict=True)
+        )
+
+    def best_nodes(self, log_probs: Tensor, calibration: float = 1.0) -> int:
         """Return the tree size that maximises expected tokens per second over the batch.
 
         With path probabilities P_1 >= P_2 >= ... a step over N nodes is expected to emit
         1 + sum of P_1..P_{N-1} tokens per row.
 
         Args:
-            tree: full trees whose ``log_probs`` are the drafter's.
+            log_probs: path log-probabilities of the drafted beams, float32 ``[B, depths, W]``.
+            calibration: what their probabilities are multiplied by.
         """
-        order = tree.log_probs.exp().sort(dim=1, descending=True).values
-        expected = order.sum(dim=0).cumsum(dim=0).tolist()
-        return min(self._best_rate(expected, tree.height)[1], len(expected))
+        expected = _expected(log_probs.tolist(), calibration)
+        return min(self._best_rate(expected, log_probs.shape[1])[1], len(expected))
 
-    def worth_going_on(self, log_probs: Tensor) -> bool:
+    def worth_going_on(self, log_probs: Tensor, calibration: float = 1.0) -> bool:
         """Tell whether drafting one more depth is expected to raise tokens per second.
 
         The next depth is expected to survive as the last one did: with S_d the summed path
@@ -90,12 +127,12 @@ class LatencyCurve:
 
         Args:
             log_probs: path log-probabilities of the depths so far, float32 ``[B, depths, W]``.
+            calibration: what their probabilities are multiplied by.
         """
         rows, depths = log_probs.shape[:2]
-        sums = [float(rows), *log_probs.exp().sum(dim=(0, 2)).tolist()]
-        gain = sums[-1] * min(sums[-1] / max(sums[-2], 1e-9), 1.0)
-        paths = log_probs.exp().flatten(1).sort(dim=1, descending=True).values.sum(dim=0).cumsum(dim=0)
-        rate, _ = self._best_rate([float(rows), *(rows + paths).tolist()], depths)
+        *_, before, last = [float(rows), *log_probs.exp().sum(dim=(0, 2)).tolist()]
+        gain = calibration * last * min(last / max(before, 1e-9), 1.0)
+        rate, _ = self._best_rate(_expected(log_probs.tolist(), calibration), depths)
         return bool(gain > rate * self.depth_seconds)
 
     def _best_rate(self, expected: Sequence[float], depths: int) -> tuple[float, int]:
@@ -113,10 +150,129 @@ class LatencyCurve:
         return max(rates, key=lambda rate: (rate[0], -rate[1]))
 
 
-def _chain(nodes: int, device: torch.device) -> DraftTree:
-    """Build a tree that is a single path: as costly to verify as any of that size."""
-    index = torch.arange(nodes, device=device).unsqueeze(0)
-    zeros = torch.zeros(1, nodes, device=device)
+@dataclass(frozen=True)
+class LatencyTable:
+    """Latency curves by batch size.
+
+    Args:
+        curves: at least one.
+    """
+
+    curves: Mapping[int, LatencyCurve]
+
+    @classmethod
+    def measure(
+        cls, verifier: Verifier, drafter: Drafter, beam: BeamConfig, batch_size: int, *, repeats: int = 5
+    ) -> LatencyTable:
+        """Measure the curves of batch sizes 1, 2, 4, ... up to the first that holds ``batch_size`` rows."""
+        return cls(
+            {
+                rows: LatencyCurve.measure(verifier, drafter, beam, batch_size=rows, repeats=repeats)
+                for rows in batch_sizes(batch_size)
+            }
+        )
+
+    def at(self, rows: int) -> LatencyCurve:
+        """Return the curve of the smallest batch that holds so many rows, of the largest if none does."""
+        return self.curves[min((size for size in self.curves if size >= rows), default=max(self.curves))]
+
+
+def batch_sizes(rows: int) -> list[int]:
+    """Return 1, 2, 4, ... up to the first that holds so many rows."""
+    return [1 << power for power in range((rows - 1).bit_length() + 1)]
+
+
+class DraftBudget:
+    """What one generation spends on drafting, step by step, and what it knows of its return.
+
+    Path probabilities are multiplied by the generation's own ratio of accepted to predicted tokens. Where
+    what is expected stays below the baseline's rate, drafting pauses, and is tried again ever more rarely.
+
+    Args:
+        table: measured costs.
+        beam: the shape of the beams.
+        max_nodes: most nodes of a tree, the root included.
+    """
+
+    def __init__(self, table: LatencyTable, beam: BeamConfig, max_nodes: int) -> None:
+        self._table = table
+        self._length = beam.length
+        self._max_nodes = max_nodes
+        self._predicted = self._accepted = _PRIOR_TOKENS
+        self._balance = 0.0
+        self._pause = 0
+        self._next_pause = _FIRST_PAUSE
+        self._step = (0, 0.0)
+        self.hopeless = False
+
+    @property
+    def calibration(self) -> float:
+        """Return accepted over predicted tokens so far, 1 at the start."""
+        return self._accepted / self._predicted
+
+    def wants_draft(self, rows: int) -> bool:
+        """Tell whether the next step of so many live rows should draft."""
+        if not self._table.at(rows).can_pay(self._length, self._max_nodes):
+            self.hopeless = True
+            return False
+        if self._pause:
+            self._pause -= 1
+            return False
+        return True
+
+    def worth_going_on(self, log_probs: Tensor) -> bool:
+        """See ``LatencyCurve.worth_going_on``."""
+        return self._table.at(len(log_probs)).worth_going_on(log_probs, self.calibration)
+
+    def choose(self, log_probs: Tensor) -> int:
+        """Return the nodes to verify, given the drafted beams' path log-probabilities ``[B, depths, W]``."""
+        rows, depths = log_probs.shape[:2]
+        curve = self._table.at(rows)
+        nodes = min(curve.best_nodes(log_probs, self.calibration), self._max_nodes)
+        predicted = _expected(log_probs.tolist(), 1.0)[nodes - 1] - rows
+        cost = (depths * curve.depth_seconds + curve.seconds_of(nodes)) / curve.seconds[0]
+        self._settle(1 + self.calibration * predicted / rows - cost)
+        self._step = (rows, predicted)
+        return nodes
+
+    def record(self, accepted: int) -> None:
+        """Take in how many drafted tokens of the chosen tree were accepted, over all rows."""
+        rows, predicted = self._step
+        if rows:
+            self._predicted += predicted / rows
+            self._accepted += accepted / rows
+        self._step = (0, 0.0)
+
+    def _settle(self, gain: float) -> None:
+        """Book a drafted step's expected gain over the baseline, in baseline steps."""
+        self._balance = min(self._balance + gain, _MAX_CREDIT)
+        if self._balance >= 0:
+            self._next_pause = _FIRST_PAUSE
+        elif self._balance < -_MAX_LOSS:
+            self.hopeless |= self._next_pause > _FIRST_PAUSE
+            self._pause = self._next_pause
+            self._next_pause = min(2 * self._next_pause, _LONGEST_PAUSE)
+            self._balance = _TRIAL_LOSS - _MAX_LOSS
+
+
+def _expected(log_probs: Sequence[Sequence[Sequence[float]]], calibration: float) -> list[float]:
+    """Return expected tokens over the batch by tree size, from one node on.
+
+    Args:
+        log_probs: path log-probabilities by row, depth and beam.
+        calibration: what their probabilities are multiplied by; none rises above 1.
+    """
+    rows = [
+        sorted((min(calibration * math.exp(value), 1.0) for depth in row for value in depth), reverse=True)
+        for row in log_probs
+    ]
+    return list(itertools.accumulate((sum(column) for column in zip(*rows, strict=True)), initial=float(len(rows))))
+
+
+def _chains(rows: int, nodes: int, device: torch.device) -> DraftTree:
+    """Build trees that are a single path: as costly to verify as any of that size."""
+    index = torch.arange(nodes, device=device).expand(rows, -1)
+    zeros = torch.zeros(rows, nodes, device=device)
     return DraftTree(
         tokens=torch.ones_like(index),
         parents=(index - 1).clamp(min=0),

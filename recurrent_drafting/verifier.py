@@ -24,6 +24,7 @@ from recurrent_drafting import assets
 from recurrent_drafting.draft_tree import DraftTree
 from recurrent_drafting.errors import DataError, ModelError, NetworkError, UsageError
 from recurrent_drafting.kv_cache import VerifierCache
+from recurrent_drafting.packed_model import DecodingTwin
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -67,6 +68,9 @@ class Verifier:
             raise self._unsupported(reason)
         self._body: nn.Module = model.base_model
         self._head: nn.Module = model.get_output_embeddings()
+        self._twin = DecodingTwin(model)
+        # What decoding runs; the twin takes over with the first cache.
+        self._fast_body, self._fast_head = self._body, self._head
         self._embedding: nn.Module = model.get_input_embeddings()
         # transformers 5.24 renamed the argument.
         names = inspect.signature(self._body.forward).parameters
@@ -151,7 +155,13 @@ class Verifier:
 
     def new_cache(self, batch_size: int, capacity: int) -> VerifierCache:
         """Make an empty cache of ``capacity`` tokens per row."""
+        twin: Any = self._twin.get()
+        self._fast_body, self._fast_head = twin.base_model, twin.get_output_embeddings()
         return VerifierCache(int(self._text_config.num_hidden_layers), batch_size, capacity)
+
+    def decoding_modules(self) -> tuple[nn.Module, nn.Module]:
+        """Return the body and the LM head that decoding runs, for timing them alone."""
+        return self._fast_body, self._fast_head
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Look up token embeddings: int64 ``[...]`` -> ``[..., H]``.
@@ -207,7 +217,7 @@ class Verifier:
         hidden, lengths = self.read(prompts, cache), cache.lengths
         last = torch.tensor(lengths, device=hidden.device) - 1
         hidden = hidden[torch.arange(len(lengths), device=hidden.device), last].unsqueeze(1)
-        return VerifierOutput(logits=self.head(hidden), hidden=hidden)
+        return VerifierOutput(logits=self._finish(self._fast_head(hidden)), hidden=hidden)
 
     @torch.inference_mode()
     def read(self, texts: Sequence[Sequence[int]], cache: VerifierCache) -> Tensor:
@@ -246,7 +256,7 @@ class Verifier:
         """
         allowed, key_positions = self._branch_mask(cuts, depth, cache)
         hidden = self._forward(tokens, cuts + depth, allowed, key_positions, cache)
-        return VerifierOutput(logits=self.head(hidden), hidden=hidden)
+        return VerifierOutput(logits=self._finish(self._fast_head(hidden)), hidden=hidden)
 
     @torch.inference_mode()
     def verify(self, tree: DraftTree, cache: VerifierCache) -> VerifierOutput:
@@ -263,7 +273,7 @@ class Verifier:
         positions = lengths.unsqueeze(1) + tree.depths
         allowed, key_positions = self._tree_mask(tree, lengths, positions, cache.max_length)
         hidden = self._forward(tree.tokens, positions, allowed, key_positions, cache)
-        return VerifierOutput(logits=self.head(hidden), hidden=hidden)
+        return VerifierOutput(logits=self._finish(self._fast_head(hidden)), hidden=hidden)
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return what feeds the LM head at every position, without gradients.
@@ -290,7 +300,7 @@ class Verifier:
         if self.context_window is not None:
             # Nodes past the window can only yield tokens that the length limit cuts.
             positions = positions.clamp(max=self.context_window - 1)
-        output = self._body(
+        output = self._fast_body(
             input_ids=ids,
             attention_mask=self._attention_mask(allowed, positions, key_positions),
             position_ids=positions,

@@ -339,8 +339,10 @@ SHAPES: list[tuple[dict[str, Any], dict[str, Any], float]] = [
     ({"max_nodes": None}, {"latency": LatencyCurve((1, 3), (1.0, 100.0))}, 1),
     ({"max_nodes": None}, {"latency": LatencyCurve((1, 5), (1.0, 1.0))}, 5),
     ({"max_nodes": 4}, {"latency": LatencyCurve((1, 5), (1.0, 1.0))}, 4),
-    # Depths that cost more than they can bring: the first alone is drafted, 3 beams and the root.
-    ({"max_nodes": None}, {"latency": LatencyCurve((1, 13), (1.0, 1.0), depth_seconds=1e9)}, 4),
+    # The first depth pays, a second one cannot: 3 beams and the root.
+    ({"max_nodes": None}, {"latency": LatencyCurve((1, 13), (1.0, 1.0), depth_seconds=0.9)}, 4),
+    # A depth costs more than all its tokens are worth: nothing is drafted.
+    ({"max_nodes": None}, {"latency": LatencyCurve((1, 13), (1.0, 1.0), depth_seconds=1e9)}, 1),
     ({"max_nodes": None}, {"latency": LatencyCurve((1, 13), (1.0, 1.0), depth_seconds=0.0)}, 13),
 ]
 

@@ -29,6 +29,11 @@ def random_tree(seed: int, batch: int = 2, length: int = 2, width: int = 3) -> D
     )
 
 
+def beams_of(tree: DraftTree, length: int = 2) -> torch.Tensor:
+    """Return the path log-probabilities of an unpruned tree by depth, without the root."""
+    return tree.log_probs[:, 1:].view(len(tree.log_probs), length, -1)
+
+
 def random_curve(rng: random.Random, nodes: list[int]) -> LatencyCurve:
     seconds = sorted(rng.uniform(1, 4) for _ in nodes)
     return LatencyCurve(tuple(nodes), tuple(seconds), depth_seconds=rng.uniform(0, 1))
@@ -54,7 +59,7 @@ def test_best_nodes_maximises_expected_tokens_per_second(seed: int) -> None:
         size: sum(expected_tokens(tree, row, size) for row in range(2)) / (2 * curve.depth_seconds + seconds)
         for size, seconds in zip(nodes, curve.seconds, strict=True)
     }
-    got = curve.best_nodes(tree)
+    got = curve.best_nodes(beams_of(tree))
     assert got in nodes
     assert rates[got] == pytest.approx(max(rates.values()))
 
@@ -73,19 +78,13 @@ def test_best_nodes_maximises_expected_tokens_per_second(seed: int) -> None:
 def test_extreme_costs_choose_extreme_sizes(
     nodes: tuple[int, ...], seconds: tuple[float, ...], depth_seconds: float, best: int
 ) -> None:
-    assert LatencyCurve(nodes, seconds, depth_seconds).best_nodes(random_tree(0)) == best
-
-
-def test_root_alone_is_a_tree_of_one_node() -> None:
-    tree = DraftTree.root_only(torch.tensor([3]))
-    assert LatencyCurve((1, 2, 4), (1.0, 1.0, 1.0)).best_nodes(tree) == 1
+    assert LatencyCurve(nodes, seconds, depth_seconds).best_nodes(beams_of(random_tree(0))) == best
 
 
 def test_beams_of_probability_zero_add_nothing_and_among_equals_the_smaller_tree_wins() -> None:
     tokens = torch.tensor([[[1, 2]]])
     beams = Beams(tokens, torch.zeros_like(tokens), torch.tensor([[[-torch.inf, -torch.inf]]]))
-    tree = DraftTree.from_beams(torch.tensor([0]), beams)
-    assert LatencyCurve((1, 3), (1.0, 1.0)).best_nodes(tree) == 1
+    assert LatencyCurve((1, 3), (1.0, 1.0)).best_nodes(beams.log_probs) == 1
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -150,6 +149,5 @@ def test_only_drafted_depths_are_charged() -> None:
     """Two nodes: 1.5 tokens in 1 + 1.3 s; three: 1.6 in 1 + 1.5 s. Ten depths charged would make it three."""
     tokens = torch.tensor([[[1, 2]]])
     beams = Beams(tokens, torch.zeros_like(tokens), torch.tensor([[[0.5, 0.1]]]).log())
-    tree = DraftTree.from_beams(torch.tensor([0]), beams)
-    assert LatencyCurve((1, 2, 3), (1.0, 1.3, 1.5), depth_seconds=1.0).best_nodes(tree) == 2
-    assert LatencyCurve((1, 2, 3), (1.0, 1.3, 1.5), depth_seconds=10.0).best_nodes(tree) == 3
+    assert LatencyCurve((1, 2, 3), (1.0, 1.3, 1.5), depth_seconds=1.0).best_nodes(beams.log_probs) == 2
+    assert LatencyCurve((1, 2, 3), (1.0, 1.3, 1.5), depth_seconds=10.0).best_nodes(beams.log_probs) == 3

@@ -1,0 +1,424 @@
+#!/usr/bin/env python
+"""Our decoders and their peers on the same machine, in the same run, on the same prompts and weights.
+
+All methods answer a prompt in turn, in an order that rotates, for several rounds. Ratios are taken
+within a round, prompt by prompt; their median counts, and beside it the ratio of all tokens to all
+seconds. Peers with interpreters of their own (vLLM, llama.cpp) run in processes that are stopped
+while it is another's turn.
+
+Example:
+  python benchmarks/peers.py --speculator_path DIR --dtype bf16 --output benchmarks/results/peers-bf16.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import DynamicCache
+
+from recurrent_drafting import (
+    AutoregressiveDecoder,
+    SamplingConfig,
+    SpeculativeDecoder,
+    Verifier,
+    assets,
+    cli,
+    data,
+    evaluation,
+    plots,
+    report,
+)
+from recurrent_drafting.assets import DEFAULT_BASE
+from recurrent_drafting.checkpoint import load_drafter
+from recurrent_drafting.config import BeamConfig
+from recurrent_drafting.errors import ResourceError
+from recurrent_drafting.metrics import DecodingStats
+from recurrent_drafting.tree_budget import LatencyTable
+
+WORKER = Path(__file__).with_name("peer_worker.py")
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+Batch = list[list[int]]
+Answer = tuple[list[list[int]], float]
+
+
+@dataclass
+class Method:
+    """One way to answer a batch of prompts.
+
+    Args:
+        run: prompts in; texts and seconds out.
+        seconds: by batch, then round.
+        texts: of the last round, by batch.
+    """
+
+    run: Callable[[Batch], Answer]
+    seconds: list[list[float]] = field(default_factory=list)
+    texts: list[list[list[int]]] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Return tokens by batch."""
+        return [sum(map(len, texts)) for texts in self.texts]
+
+    def rate(self) -> float:
+        """Return all tokens over all seconds."""
+        return sum(self.tokens) / sum(statistics.mean(values) for values in self.seconds)
+
+
+def timed(generate: Callable[[Batch], list[list[int]]]) -> Callable[[Batch], Answer]:
+    """Add the seconds to what a function returns."""
+
+    def run(batch: Batch) -> Answer:
+        start = time.perf_counter()
+        texts = generate(batch)
+        return texts, time.perf_counter() - start
+
+    return run
+
+
+def bare_loop(verifier: Verifier, args: argparse.Namespace) -> Callable[[Batch], list[list[int]]]:
+    """Return greedy decoding as anyone would write it: ``model(...)`` with its cache, one token a time."""
+
+    @torch.inference_mode()
+    def generate(batch: Batch) -> list[list[int]]:
+        cache = {verifier.cache_argument: DynamicCache(config=verifier.model.config)}
+        ids = torch.tensor(batch, device=verifier.device)
+        tokens: list[int] = []
+        while len(tokens) < args.new_tokens:
+            output = verifier.model(input_ids=ids, use_cache=True, logits_to_keep=1, **cache)
+            ids = output.logits[:, -1].argmax(dim=-1, keepdim=True)
+            tokens.append(int(ids))
+            if tokens[-1] in verifier.eos_token_ids:
+                break
+        return [tokens]
+
+    return generate
+
+
+def hf_generate(verifier: Verifier, args: argparse.Namespace, **options: Any) -> Callable[[Batch], list[list[int]]]:
+    """Return transformers' generate; a batch is padded on the left."""
+    if args.temperature:
+        options |= {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
+    else:
+        options |= {"do_sample": False}
+
+    def generate(batch: Batch) -> list[list[int]]:
+        width = max(map(len, batch))
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in batch], device=verifier.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=verifier.device)
+        output = verifier.model.generate(
+            ids, attention_mask=mask, max_new_tokens=args.new_tokens, pad_token_id=0, **options
+        )
+        return [_until_eos(row, verifier.eos_token_ids) for row in output[:, width:].tolist()]
+
+    return generate
+
+
+def _until_eos(tokens: list[int], eos: Sequence[int]) -> list[int]:
+    ends = [place for place, token in enumerate(tokens) if token in eos]
+    return tokens[: ends[0] + 1] if ends else tokens
+
+
+class Ours:
+    """One of our decoders; keeps the counters of its timed answers.
+
+    Args:
+        decoder: baseline or speculative.
+        args: of the run.
+    """
+
+    def __init__(self, decoder: AutoregressiveDecoder | SpeculativeDecoder, args: argparse.Namespace) -> None:
+        self.decoder = decoder
+        self.stats = DecodingStats()
+        self._args = args
+
+    def __call__(self, batch: Batch) -> list[list[int]]:
+        """Answer a batch and add up what it took."""
+        sampling = SamplingConfig(temperature=self._args.temperature, seed=1)
+        output = self.decoder.generate(batch, max_new_tokens=self._args.new_tokens, sampling=sampling)
+        self.stats.merge(output.stats)
+        return output.sequences
+
+
+class Worker:
+    """A peer in a process of its own, stopped while it is not its turn.
+
+    Args:
+        command: starts it.
+        args: of the run.
+
+    Raises:
+        ResourceError: it does not start; its last words are in the message.
+    """
+
+    def __init__(self, command: Sequence[str], args: argparse.Namespace) -> None:
+        self._args = args
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        if self._answer() != "ready":
+            raise ResourceError(f"{' '.join(command)} does not start: expected it to say that it is ready")
+        self._signal(signal.SIGSTOP)
+
+    def __call__(self, batch: Batch) -> Answer:
+        """Answer the prompts one by one; the seconds are the worker's own."""
+        self._signal(signal.SIGCONT)
+        texts, seconds = [], 0.0
+        for prompt in batch:
+            request = {"prompt": prompt, "count": self._args.new_tokens, "temperature": self._args.temperature}
+            assert self._process.stdin is not None
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            answer = self._answer()
+            texts.append(answer["tokens"])
+            seconds += answer["seconds"]
+        self._signal(signal.SIGSTOP)
+        return texts, seconds
+
+    def close(self) -> None:
+        """End the process and those it started."""
+        self._signal(signal.SIGCONT)
+        self._signal(signal.SIGTERM)
+        self._process.wait(timeout=60)
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise ResourceError(f"the peer {self._process.args!r} ended by itself: see its messages above")
+        return json.loads(line)
+
+    def _signal(self, number: signal.Signals) -> None:
+        os.killpg(self._process.pid, number)
+
+
+def start_workers(verifier: Verifier, args: argparse.Namespace, workers: dict[str, Worker]) -> None:
+    """Start the peers whose interpreters were given; say of the others that they are left out.
+
+    Args:
+        verifier: the base.
+        args: of the run.
+        workers: takes in each as it starts, so that it can be ended even if the next one fails.
+    """
+    base = args.base_model
+    model = str(assets.model_directory(base)) if assets.is_asset(base) else base
+    dtype, threads = DTYPES[verifier.dtype], str(torch.get_num_threads())
+    commands = {
+        "vllm": (args.vllm_python, [model, dtype], "--vllm_python PYTHON"),
+        "vllm_ngram": (args.vllm_python if args.ngram else None, [model, dtype], "--vllm_python PYTHON --ngram"),
+        "llama_cpp": (args.llama_python if args.gguf else None, [args.gguf, "-"], "--llama_python PYTHON --gguf FILE"),
+    }
+    for name, (python, words, flags) in commands.items():
+        if python is None or args.batch_size > 1:
+            print(f"{name}: left out ({'batch 1 only' if python else flags + ' includes it'})")
+            continue
+        workers[name] = Worker([python, str(WORKER), name, *words, threads], args)
+
+
+def make_methods(verifier: Verifier, args: argparse.Namespace) -> tuple[dict[str, Method], SpeculativeDecoder]:
+    """Build everything that runs in this process."""
+    beam = None if args.max_tree_nodes is None else BeamConfig(max_nodes=args.max_tree_nodes)
+    settings = evaluation.RunSettings(args.base_model, args.speculator_path, batch_size=args.batch_size, beam=beam)
+    speculative = evaluation.speculative_decoder(verifier, load_drafter(args.speculator_path), settings)
+    methods = {
+        "baseline": timed(Ours(AutoregressiveDecoder(verifier), args)),
+        "speculative": timed(Ours(speculative, args)),
+        "transformers_generate": timed(hf_generate(verifier, args)),
+    }
+    if args.batch_size == 1 and not args.temperature:
+        methods["bare_loop"] = timed(bare_loop(verifier, args))
+        if args.prompt_lookup:
+            methods["transformers_prompt_lookup"] = timed(hf_generate(verifier, args, prompt_lookup_num_tokens=4))
+    return {name: Method(run) for name, run in methods.items()}, speculative
+
+
+def take_turns(methods: dict[str, Method], batches: list[Batch], rounds: int) -> None:
+    """Let every method answer every batch, in an order that rotates; the round before the first warms up."""
+    names = list(methods)
+    for method in methods.values():
+        method.run(batches[0])
+        method.seconds, method.texts = [[] for _ in batches], [[] for _ in batches]
+    for round_ in tqdm(range(rounds), desc="rounds"):
+        for index, batch in enumerate(batches):
+            shift = (round_ + index) % len(names)
+            for name in names[shift:] + names[:shift]:
+                texts, seconds = methods[name].run(batch)
+                methods[name].texts[index] = texts
+                methods[name].seconds[index].append(seconds)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return the median, the quartiles and the number of values."""
+    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+    return {"median": middle, "quartile_low": low, "quartile_high": high, "count": len(values)}
+
+
+def ratio(ours: Method, other: Method) -> dict[str, float]:
+    """Return how many times faster ours is, in tokens per second: median over turns, and in total."""
+    turns = [
+        (our_tokens / a) / (their_tokens / b)
+        for our_tokens, their_tokens, row, rival in zip(
+            ours.tokens, other.tokens, ours.seconds, other.seconds, strict=True
+        )
+        for a, b in zip(row, rival, strict=True)
+    ]
+    return spread(turns) | {"total": ours.rate() / other.rate()}
+
+
+def efficiency(speedup: float, speculative: SpeculativeDecoder, tau: float, nodes: float, rows: int) -> dict[str, Any]:
+    """Compare the measured speed-up with what tau would give if only forwards took time: tau x t(1) / t(N)."""
+    table = speculative.latency
+    if not isinstance(table, LatencyTable):
+        return {}
+    curve = table.at(rows)
+    below = max((n for n in curve.nodes if n <= nodes), default=curve.nodes[0])
+    above = min((n for n in curve.nodes if n >= nodes), default=curve.nodes[-1])
+    share = 0.0 if above == below else (nodes - below) / (above - below)
+    seconds = (1 - share) * curve.seconds_of(below) + share * curve.seconds_of(above)
+    ideal = tau * curve.seconds[0] / seconds
+    return {"ideal_speedup": ideal, "efficiency": speedup / ideal, "latency_curve": asdict(curve)}
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Run all methods and compare."""
+    verifier = Verifier.from_pretrained(args.base_model, args.dtype)
+    tokenizer = data.load_tokenizer(args.base_model)
+    questions, _ = evaluation.load_questions("mt-bench", args.prompts, spread=True)
+    prompts = [data.render(tokenizer, [{"role": "user", "content": q.turns[0]}], ask=True) for q in questions]
+    batches = [prompts[start : start + args.batch_size] for start in range(0, len(prompts), args.batch_size)]
+    workers: dict[str, Worker] = {}
+    try:
+        start_workers(verifier, args, workers)
+        methods, speculative = make_methods(verifier, args)
+        methods |= {name: Method(worker) for name, worker in workers.items()}
+        take_turns(methods, batches, args.rounds)
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return _record(args, methods, speculative, batches)
+
+
+def _record(
+    args: argparse.Namespace, methods: dict[str, Method], speculative: SpeculativeDecoder, batches: list[Batch]
+) -> dict[str, Any]:
+    # Counters of one more pass, so that they are those of the texts at hand and not of the warm-up.
+    counted = Ours(speculative, args)
+    for batch in batches:
+        counted(batch)
+    ours = methods["speculative"]
+    rivals = {name: ratio(ours, method) for name, method in methods.items() if name != "speculative"}
+    stats = counted.stats
+    return {
+        "command": f"python benchmarks/peers.py --dtype {args.dtype} --temperature {args.temperature} "
+        f"--batch_size {args.batch_size} --prompts {args.prompts} --new_tokens {args.new_tokens} "
+        f"--rounds {args.rounds}" + ("" if args.max_tree_nodes is None else f" --max_tree_nodes {args.max_tree_nodes}"),
+        "base_model": args.base_model,
+        "machine": evaluation.machine(),
+        "tokens_per_second": {
+            name: spread(
+                [count / s for count, row in zip(m.tokens, m.seconds, strict=True) for s in row],
+            )
+            | {"total": m.rate()}
+            for name, m in methods.items()
+        },
+        "speculative_over": rivals,
+        "baseline_over": {
+            name: ratio(methods["baseline"], method)
+            for name, method in methods.items()
+            if name not in ("baseline", "speculative")
+        },
+        "tau": stats.tau,
+        "mean_tree_nodes": stats.mean_nodes,
+        "phase_seconds": stats.phase_seconds,
+        **efficiency(rivals["baseline"]["median"], speculative, stats.tau, stats.mean_nodes, args.batch_size),
+        "texts_equal_to_baseline": sum(
+            a == b
+            for mine, other in zip(ours.texts, methods["baseline"].texts, strict=True)
+            for a, b in zip(mine, other, strict=True)
+        ),
+        "prompts": sum(map(len, batches)),
+        "seconds": {name: method.seconds for name, method in methods.items()},
+        "tokens": {name: method.tokens for name, method in methods.items()},
+    }
+
+
+def show(record: dict[str, Any]) -> str:
+    """Lay the figures out as text."""
+    lines = []
+    for name, rate in record["tokens_per_second"].items():
+        lines.append(f"{name:28} {rate['total']:7.1f} tok/s")
+        if (gain := record["speculative_over"].get(name)) is not None:
+            quartiles = f"[{gain['quartile_low']:.2f}, {gain['quartile_high']:.2f}]"
+            lines[-1] += f"   ours speculative x{gain['median']:.2f} {quartiles} total x{gain['total']:.2f}"
+    lines += [
+        f"baseline over {name}: x{value['median']:.3f} [{value['quartile_low']:.3f}, {value['quartile_high']:.3f}] "
+        f"total x{value['total']:.3f}"
+        for name, value in record["baseline_over"].items()
+    ]
+    lines.append(f"tau {record['tau']:.2f}, {record['mean_tree_nodes']:.1f} nodes a step")
+    if "efficiency" in record:
+        lines.append(f"ideal speed-up x{record['ideal_speedup']:.2f}, efficiency {record['efficiency']:.2f}")
+    lines.append(f"{record['texts_equal_to_baseline']} of {record['prompts']} texts equal the baseline's")
+    return "\n".join(lines)
+
+
+def plot(record: dict[str, Any]) -> str:
+    """Draw tokens per second of all methods as one HTML page."""
+    rates = record["tokens_per_second"]
+    series = plots.Series(
+        "tokens per second",
+        [value["median"] for value in rates.values()],
+        [(value["quartile_low"], value["quartile_high"]) for value in rates.values()],
+    )
+    labels = [name.replace("_", " ") for name in rates]
+    figure = report.figure("Tokens per second", plots.bars(labels, [series], spec=".1f"), record["command"])
+    return report.page("Recurrent drafting and its peers", [figure])
+
+
+def build_parser() -> cli.ArgumentParser:
+    """Describe the command line."""
+    parser = cli.ArgumentParser(description=__doc__)
+    parser.add_argument("--base_model", default=DEFAULT_BASE)
+    parser.add_argument("--speculator_path", required=True)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--max_tree_nodes", type=int, help="default: chosen by cost")
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--new_tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompt_lookup", action="store_true", help="transformers' prompt lookup too")
+    parser.add_argument("--vllm_python", help="interpreter that has vLLM")
+    parser.add_argument("--ngram", action="store_true", help="vLLM with its own n-gram drafts too")
+    parser.add_argument("--llama_python", help="interpreter that has llama-cpp-python")
+    parser.add_argument("--gguf", help="the base in llama.cpp's format")
+    parser.add_argument("--output", type=Path, help="JSON; the plot goes beside it")
+    return parser
+
+
+def main() -> int:
+    """Parse the command line, measure, print and write."""
+    args = build_parser().parse_args()
+    record = measure(args)
+    print(show(record))
+    if args.output:
+        evaluation.write_json(record, args.output)
+        evaluation.write_text(plot(record), args.output.with_suffix(".html"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, debug=False))

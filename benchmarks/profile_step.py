@@ -1,0 +1,166 @@
+#!/usr/bin/env python
+"""Where the time of a decoding step goes: draft, verify, sample, cache, other, and what a bare forward costs.
+
+Overhead is the step's time minus a bare forward of the same number of nodes, timed in turn with the
+decoder: the packed body and head alone on tokens, mask and positions that are ready.
+
+Example:
+  python benchmarks/profile_step.py --speculator_path DIR --output benchmarks/results/profile-step-bf16.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from recurrent_drafting import (
+    AutoregressiveDecoder,
+    BeamConfig,
+    SamplingConfig,
+    SpeculativeDecoder,
+    Verifier,
+    cli,
+    data,
+    evaluation,
+    plots,
+    report,
+)
+from recurrent_drafting.assets import DEFAULT_BASE
+from recurrent_drafting.checkpoint import load_drafter
+from recurrent_drafting.metrics import PHASES, DecodingStats
+
+STEP_PHASES = tuple(name for name in PHASES if name != "prefill")
+_BARE_FORWARDS = 8
+
+
+@torch.inference_mode()
+def bare_forward(verifier: Verifier, rows: int, nodes: int, prefix: int) -> float:
+    """Return median seconds of a forward over ``nodes`` tokens behind a prefix, with nothing around it."""
+    cache = verifier.new_cache(rows, prefix + nodes)
+    verifier.prefill([[1] * prefix] * rows, cache)
+    ids = torch.ones(rows, nodes, dtype=torch.long, device=verifier.device)
+    positions = (prefix + torch.arange(nodes, device=verifier.device)).expand(rows, -1)
+    mask = torch.zeros(rows, 1, nodes, prefix + nodes, dtype=verifier.dtype, device=verifier.device)
+    body, head = verifier.decoding_modules()
+    arguments = {"attention_mask": mask, "position_ids": positions, verifier.cache_argument: cache}
+    seconds = []
+    for _ in range(_BARE_FORWARDS):
+        start = time.perf_counter()
+        logits = head(body(input_ids=ids, use_cache=True, **arguments).last_hidden_state)
+        logits[0, 0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+def profile(args: argparse.Namespace, rows: int, tools: tuple[Verifier, SpeculativeDecoder, Any]) -> dict[str, Any]:
+    """Decode some prompts ``rows`` at a time, baseline and speculative in turn, and split a step's time."""
+    verifier, decoder, tokenizer = tools
+    questions, _ = evaluation.load_questions("mt-bench", args.prompts, spread=True)
+    prompts = [data.render(tokenizer, [{"role": "user", "content": q.turns[0]}], ask=True) for q in questions]
+    batches = [prompts[start : start + rows] for start in range(0, len(prompts), rows)]
+    sampling = SamplingConfig(temperature=args.temperature, seed=1)
+    methods = {"baseline": AutoregressiveDecoder(verifier), "speculative": decoder}
+    stats = {name: DecodingStats() for name in methods}
+    bare: dict[str, list[float]] = {name: [] for name in methods}
+    for method in methods.values():
+        method.generate(batches[0], max_new_tokens=4, sampling=sampling)
+    for batch in tqdm(batches, desc=f"batch {rows}"):
+        prefix = max(map(len, batch)) + args.new_tokens // 2
+        for name, method in methods.items():
+            # Without an end of text, so that the batch stays full and a step means the same throughout.
+            output = method.generate(batch, max_new_tokens=args.new_tokens, sampling=sampling, eos_token_ids=())
+            stats[name].merge(output.stats)
+            nodes = 1 if name == "baseline" else round(output.stats.mean_nodes)
+            bare[name].append(bare_forward(verifier, len(batch), nodes, prefix))
+    return {name: _split(stats[name], statistics.median(bare[name])) for name in methods}
+
+
+def _split(stats: DecodingStats, bare: float) -> dict[str, Any]:
+    """Turn sums into milliseconds of a step."""
+    phases = {name: 1000 * stats.phase_seconds[name] / stats.forwards for name in STEP_PHASES}
+    step = sum(phases.values())
+    return {
+        "step_ms": step,
+        "bare_forward_ms": 1000 * bare,
+        "overhead_ms": step - 1000 * bare,
+        "phases_ms": phases,
+        "share_beside_verify": 1 - phases["verify"] / step,
+        "mean_nodes": stats.mean_nodes,
+        "tau": stats.tau,
+        "steps": stats.forwards,
+    }
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Profile every batch size."""
+    verifier = Verifier.from_pretrained(args.base_model, args.dtype)
+    beam = BeamConfig(width=args.beam_width, length=args.beam_length, max_nodes=args.max_tree_nodes)
+    decoder = SpeculativeDecoder(verifier, load_drafter(args.speculator_path), beam)
+    tools = (verifier, decoder, data.load_tokenizer(args.base_model))
+    return {
+        "command": f"python benchmarks/profile_step.py --dtype {args.dtype} --temperature {args.temperature} "
+        f"--batch_sizes {' '.join(map(str, args.batch_sizes))} --max_tree_nodes {args.max_tree_nodes} "
+        f"--prompts {args.prompts} --new_tokens {args.new_tokens}",
+        "base_model": args.base_model,
+        "machine": evaluation.machine(),
+        "batches": {str(rows): profile(args, rows, tools) for rows in args.batch_sizes},
+    }
+
+
+def table(record: dict[str, Any]) -> str:
+    """Lay the milliseconds out as text."""
+    head = ["batch", "method", *STEP_PHASES, "step", "bare", "overhead", "nodes", "tau"]
+    lines = [head]
+    for rows, methods in record["batches"].items():
+        for name, item in methods.items():
+            cells = [*item["phases_ms"].values(), item["step_ms"], item["bare_forward_ms"], item["overhead_ms"]]
+            cells += [item["mean_nodes"], item["tau"]]
+            lines.append([rows, name, *(f"{value:.2f}" for value in cells)])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def plot(record: dict[str, Any]) -> str:
+    """Draw the phases of each batch size as one HTML page."""
+    labels = [f"{name} {rows}" for rows, methods in record["batches"].items() for name in methods]
+    items = [item for methods in record["batches"].values() for item in methods.values()]
+    series = [plots.Series(name, [item["phases_ms"][name] for item in items]) for name in STEP_PHASES]
+    series.append(plots.Series("bare forward", [item["bare_forward_ms"] for item in items]))
+    drawing = plots.bars(labels, series, spec=".1f")
+    names = [item.name for item in series]
+    figure = report.figure("Milliseconds of a step, by method and batch size", drawing, record["command"], names)
+    return report.page("Where a decoding step's time goes", [figure])
+
+
+def main() -> int:
+    """Parse the command line, measure, print and write."""
+    parser = cli.ArgumentParser(description=__doc__)
+    parser.add_argument("--base_model", default=DEFAULT_BASE)
+    parser.add_argument("--speculator_path", required=True)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 8])
+    parser.add_argument("--beam_width", type=int, default=10)
+    parser.add_argument("--beam_length", type=int, default=4)
+    parser.add_argument("--max_tree_nodes", type=int, default=16)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--new_tokens", type=int, default=48)
+    parser.add_argument("--output", type=Path, help="JSON; the plot goes beside it")
+    args = parser.parse_args()
+    record = measure(args)
+    print(table(record))
+    if args.output:
+        evaluation.write_json(record, args.output)
+        evaluation.write_text(plot(record), args.output.with_suffix(".html"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, debug=False))

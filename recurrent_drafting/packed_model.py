@@ -1,0 +1,144 @@
+"""A model's twin for decoding on a CPU: same weights, laid out once as the matrix kernels want them.
+
+A plain ``nn.Linear`` in bf16 lays its weight out anew in every call, which costs as much as the product
+itself while a forward has few tokens; and attention with a mask copies grouped keys and values once per
+query head, which grows with the context. The twin does neither. The model itself stays as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+_PACKABLE = (torch.bfloat16, torch.float32)
+_GROUPED = "recurrent_drafting_grouped_sdpa"
+# Packed weights come on top of the model's own: leave at least as much memory free as they take.
+_MEMORY_FACTOR = 2
+
+
+class PackedLinear(nn.Module):
+    """Compute what an ``nn.Linear`` does, from a packed copy of its weight.
+
+    Args:
+        linear: a layer on the CPU; its parameters are shared, not copied.
+    """
+
+    packed: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        self.register_buffer("packed", packed, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., in_features]`` to ``[..., out_features]``, without gradients."""
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return y
+
+
+class DecodingTwin:
+    """The twin of a model, made when it is first asked for and again when the weights have changed.
+
+    Args:
+        model: the model; where nothing can be packed it is its own twin.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._twin: nn.Module | None = None
+        self._weights: tuple[tuple[int, int], ...] = ()
+
+    def get(self) -> nn.Module:
+        """Return the twin; it is valid until a weight of the model changes."""
+        weights = tuple(_version(parameter) for parameter in self._model.parameters())
+        if self._twin is None or weights != self._weights:
+            self._twin = None  # two packed copies at a time could be too much
+            self._twin = pack(self._model) if _packable(self._model) else self._model
+            self._weights = weights
+        return self._twin
+
+
+def pack(model: nn.Module) -> nn.Module:
+    """Return a twin of a model on the CPU: its plain linear layers packed, all other tensors the model's own."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, shared)
+    for parent in list(twin.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear) and _is_plain(child):
+                setattr(parent, name, PackedLinear(child))
+    _group_attention(twin)
+    return twin
+
+
+def _group_attention(twin: nn.Module) -> None:
+    """Switch a model whose key/value heads serve several query heads to attention that does not copy them."""
+    layers: list[Any] = [module for module in twin.modules() if getattr(module, "num_key_value_groups", 0) != 0]
+    grouped = [layer for layer in layers if layer.num_key_value_groups > 1 and hasattr(layer, "config")]
+    for config in {id(layer.config): layer.config for layer in grouped}.values():
+        if config._attn_implementation == "sdpa":
+            AttentionInterface.register(_GROUPED, _grouped_sdpa)
+            config._attn_implementation = _GROUPED
+
+
+def _packable(model: nn.Module) -> bool:
+    """Tell whether packing is possible and fits in memory: on the CPU, in a dtype that its kernels know."""
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear) and _is_plain(module)]
+    if not weights or any(w.device.type != "cpu" or w.dtype not in _PACKABLE for w in weights):
+        return False
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return False  # weights that come and go
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):
+        return False
+    if weights[0].dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    return sum(weight.nbytes for weight in weights) * _MEMORY_FACTOR <= _free_memory()
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
+
+
+def _free_memory() -> float:
+    """Return free bytes; no limit where the system does not say."""
+    try:
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (ValueError, OSError, AttributeError):
+        return float("inf")
+
+
+def _version(parameter: Tensor) -> tuple[int, int]:
+    """Identify a parameter's memory and its number of in-place changes."""
+    return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
+
+
+def _grouped_sdpa(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Attend with the query heads of one key/value head as further rows, so that nothing is copied per head.
+
+    Args:
+        module: the attention layer.
+        query: ``[B, heads, n, dim]``.
+        key: ``[B, kv_heads, S, dim]``.
+        value: ``[B, kv_heads, S, value_dim]``.
+        attention_mask: additive, ``[B, 1, n, S]``.
+        options: what transformers passes to an attention function.
+    """
+    batch, heads, count, dim = query.shape
+    groups = heads // key.shape[1]
+    special = any(options.get(name) is not None for name in ("softcap", "position_bias"))
+    if special or groups == 1 or attention_mask is None or attention_mask.shape[1] != 1:
+        function = AttentionInterface()["sdpa"]
+        return function(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
+    rows = query.reshape(batch, key.shape[1], groups * count, dim)
+    output = nn.functional.scaled_dot_product_attention(
+        rows, key, value, attn_mask=attention_mask.repeat(1, 1, groups, 1), scale=options.get("scaling")
+    )
+    return output.reshape(batch, heads, count, value.shape[-1]).transpose(1, 2).contiguous(), None

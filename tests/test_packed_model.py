@@ -1,0 +1,136 @@
+"""The decoding twin: the same numbers as the model, and never those of weights that have changed since."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from recurrent_drafting import AutoregressiveDecoder, BeamConfig, SpeculativeDecoder, Verifier
+from recurrent_drafting.packed_model import DecodingTwin, PackedLinear, pack
+from tests.tiny import CONFIGS, NoisyOracleDecoder, make_drafter, make_verifier
+
+PROMPTS = [[1, 5, 9, 33, 2, 8], [4, 4, 7]]
+needs_packing = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this build of torch has no packed kernels"
+)
+
+
+def packed_layers(model: nn.Module) -> int:
+    return sum(isinstance(module, PackedLinear) for module in model.modules())
+
+
+@needs_packing
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 3, 16])
+def test_a_packed_layer_computes_what_the_layer_computes(rows: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(48, 80, bias=bias)
+    x = torch.randn(2, rows, 48)
+    with torch.inference_mode():
+        got, expected = PackedLinear(linear)(x), linear(x)
+    assert got.shape == (2, rows, 80)
+    torch.testing.assert_close(got, expected)
+
+
+@needs_packing
+def test_the_twin_shares_all_but_the_packed_weights_and_leaves_the_model_alone() -> None:
+    model = make_verifier("llama", dtype=torch.float32).model
+    before = {name: type(module) for name, module in model.named_modules()}
+    twin = pack(model)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    assert model.config._attn_implementation == "sdpa"
+    assert packed_layers(twin) == sum(kind is nn.Linear for kind in before.values())
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    assert {parameter.data_ptr() for parameter in twin.parameters()} == own
+
+
+@needs_packing
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_decoding_runs_the_twin_and_writes_what_float64_writes(family: str) -> None:
+    verifier = make_verifier(family, dtype=torch.float32)
+    exact = Verifier(copy.deepcopy(verifier.model).double())
+    expected = AutoregressiveDecoder(exact).generate(PROMPTS, max_new_tokens=24).sequences
+    assert AutoregressiveDecoder(verifier).generate(PROMPTS, max_new_tokens=24).sequences == expected
+    decoder = NoisyOracleDecoder(verifier, make_drafter(verifier), BeamConfig(width=3, length=3), 0.7, seed=1)
+    decoder.truth = expected
+    output = decoder.generate(PROMPTS, max_new_tokens=24)
+    assert output.sequences == expected
+    assert output.stats.tau > 1.3
+    body, head = verifier.decoding_modules()
+    assert isinstance(head, PackedLinear)
+    assert packed_layers(exact.decoding_modules()[0]) == 0  # float64 stays the plain model
+    assert body is not verifier.model.base_model
+
+
+@needs_packing
+@pytest.mark.parametrize("change", ["in place", "replaced"])
+def test_changed_weights_are_packed_anew(change: str) -> None:
+    verifier = make_verifier("llama", dtype=torch.float32)
+    other = make_verifier("llama", seed=5, dtype=torch.float32)
+    decoder = AutoregressiveDecoder(verifier)
+    before = decoder.generate(PROMPTS, max_new_tokens=12).sequences
+    for own, new in zip(verifier.model.parameters(), other.model.parameters(), strict=True):
+        if change == "in place":
+            with torch.no_grad():
+                own.copy_(new)
+        else:
+            own.data = new.data.clone()
+    expected = AutoregressiveDecoder(other).generate(PROMPTS, max_new_tokens=12).sequences
+    assert expected != before
+    assert decoder.generate(PROMPTS, max_new_tokens=12).sequences == expected
+
+
+@needs_packing
+def test_a_drafter_that_is_still_trained_is_packed_anew() -> None:
+    verifier = make_verifier("llama", dtype=torch.float32)
+    drafter, other = make_drafter(verifier), make_drafter(verifier, seed=3)
+    decoder = SpeculativeDecoder(verifier, drafter, BeamConfig(width=3, length=3))
+    decoder.generate(PROMPTS, max_new_tokens=24, eos_token_ids=())
+    with torch.no_grad():
+        for own, new in zip(drafter.parameters(), other.parameters(), strict=True):
+            own.copy_(new)
+    got = decoder.generate(PROMPTS, max_new_tokens=24, eos_token_ids=()).steps
+    assert got == SpeculativeDecoder(verifier, other, decoder.beam).generate(
+        PROMPTS, max_new_tokens=24, eos_token_ids=()
+    ).steps
+
+
+def test_what_cannot_be_packed_is_its_own_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    double = make_verifier("llama").model
+    assert DecodingTwin(double).get() is double
+    hooked = make_verifier("llama", dtype=torch.float32).model
+    hooked.model.layers[0]._hf_hook = "weights that come and go"
+    assert DecodingTwin(hooked).get() is hooked
+    large = make_verifier("llama", dtype=torch.float32).model
+    monkeypatch.setattr("recurrent_drafting.packed_model._free_memory", lambda: 1000.0)
+    assert DecodingTwin(large).get() is large
+
+
+@needs_packing
+def test_a_layer_with_a_hook_of_its_own_is_not_packed() -> None:
+    model = make_verifier("llama", dtype=torch.float32).model
+    seen = []
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: seen.append(1))
+    verifier = Verifier(model)
+    seen.clear()
+    AutoregressiveDecoder(verifier).generate(PROMPTS, max_new_tokens=3, eos_token_ids=())
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("nodes", [1, 5])
+def test_grouped_attention_equals_copied_heads(nodes: int) -> None:
+    pack(make_verifier("llama", dtype=torch.float32).model)  # registers it
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 6, nodes, 8), torch.randn(2, 2, 11, 8)
+    value = torch.randn(2, 2, 11, 8)
+    mask = torch.zeros(2, 1, nodes, 11).masked_fill(torch.rand(2, 1, nodes, 11) < 0.3, torch.finfo(torch.float32).min)
+    layer = nn.Module()
+    layer.num_key_value_groups = 3  # type: ignore[assignment]
+    functions = AttentionInterface()
+    expected, _ = functions["sdpa"](layer, query, key, value, mask, scaling=0.3)
+    got, _ = functions["recurrent_drafting_grouped_sdpa"](layer, query, key, value, mask, scaling=0.3)
+    torch.testing.assert_close(got, expected)
