@@ -11,11 +11,11 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import torch
-
+from recurrent_drafting import memory
 from recurrent_drafting.errors import RecurrentDraftingError, ResourceError, UsageError
 
 _INTERRUPTED = 130
+_PLACES = "name a writable place in HOME, HF_HOME, TMPDIR or RECURRENT_DRAFTING_CACHE"
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -81,12 +81,11 @@ def run(body: Callable[[], int], debug: bool) -> int:
 def _shortage(error: Exception) -> str | None:
     """Say what the machine has run out of, or None if the error is something else."""
     if isinstance(error, OSError):
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return f"{error.strerror}: {error.filename}; free space and run again" if full else None
-    # torch's allocator on the CPU has no error class of its own.
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
-        return f"out of memory: {(str(error).strip() or 'the allocation failed').splitlines()[0]}"
-    return None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"{error.strerror}: {error.filename}; free space and run again"
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return f"{error.strerror}: {error.filename}; {_PLACES}"
+    return memory.describe(error) if memory.is_shortage(error) else None
 
 
 def _report(message: str, code: int, debug: bool) -> int:
