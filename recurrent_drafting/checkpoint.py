@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import runpy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from recurrent_drafting import manifest
+from recurrent_drafting import manifest, memory
 from recurrent_drafting.config import RecurrentDraftingConfig
 from recurrent_drafting.drafter import Drafter
 from recurrent_drafting.errors import ModelError, NetworkError
@@ -20,6 +22,9 @@ from recurrent_drafting.errors import ModelError, NetworkError
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 INDEX = f"{WEIGHTS}.index.json"
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+_CONVERT = "convert with safetensors.torch.save_file"
+_MOST_INDEX_BYTES = 64 * 1024 * 1024
 
 
 def save_drafter(drafter: Drafter, directory: str | Path, fingerprints: Mapping[str, str | None] | None = None) -> None:
@@ -58,56 +63,133 @@ def is_drafter(directory: Path) -> bool:
     """Tell whether a directory says it holds a drafter."""
     try:
         record = json.loads((directory / CONFIG).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(record, dict) and record.get("model_type") == RecurrentDraftingConfig.model_type
 
 
 def load_drafter(name_or_path: str, revision: str | None = None) -> Drafter:
-    """Load a drafter from a directory or a hub id.
+    """Load a drafter from a directory or a hub id; both are checked before anything of them is read.
 
     Raises:
         ModelError: missing, damaged, of another kind, or with non-finite weights.
         NetworkError: no local path, and the hub did not give it.
     """
     path = Path(name_or_path)
-    if path.exists():
-        _check_links(path)
-        _check_directory(path)
-        if (path / manifest.MANIFEST).exists():
-            manifest.read(path)
-        _check_header(path)
+    if not path.exists():
+        path = _download(name_or_path, revision or "main")
+    _check_links(path)
+    _check_directory(path)
+    if (path / manifest.MANIFEST).exists():
+        manifest.read(path)
+    _check_header(path)
     try:
         loaded: Any = Drafter.from_pretrained(
-            name_or_path,
-            revision=revision or "main",
+            str(path),
             use_safetensors=True,
             output_loading_info=True,
             # Reported below, by name, instead of in a table on the log.
             ignore_mismatched_sizes=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = _first_line(error)
-        if path.exists():
-            raise ModelError(f"drafter {path} does not load: {reason}; train or download it again") from error
-        raise NetworkError(
-            f"drafter {name_or_path!r} is no local path and the hub did not give it: {reason}; check the name"
-        ) from error
+        if memory.is_shortage(error):
+            raise
+        raise ModelError(f"drafter {path} does not load: {_first_line(error)}; train or download it again") from error
     drafter: Drafter = loaded[0]
     _check_weights(drafter, loaded[1], name_or_path)
     return drafter
+
+
+def _download(name: str, revision: str) -> Path:
+    """Bring the files of a drafter on the hub into the hub's cache; return their directory.
+
+    Raises:
+        NetworkError: the hub did not give it.
+        ModelError: the repository holds no drafter.
+    """
+    try:
+        config = Path(huggingface_hub.hf_hub_download(name, CONFIG, revision=revision))
+        for file in (WEIGHTS, manifest.MANIFEST):
+            try:
+                huggingface_hub.hf_hub_download(name, file, revision=revision)
+            except EntryNotFoundError as error:
+                # The manifest is optional; weights that the repository lacks are named by the directory's checks.
+                if isinstance(error, LocalEntryNotFoundError) and file == WEIGHTS:
+                    raise
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise NetworkError(
+            f"drafter {name!r} is no local path and the hub did not give it: {_first_line(error)}; check the name"
+        ) from error
+    return config.parent
+
+
+def check_base(path: Path) -> None:
+    """Refuse a base model's directory whose files lead out of it, are pickled or declare what they do not hold.
+
+    Nothing but indices and headers is read. Packaged and hub models pass as they are: a hub snapshot's
+    files are links into the hub's own cache.
+
+    Raises:
+        ModelError: names the file, what was expected and what was found.
+    """
+    if not (path / CONFIG).exists():
+        raise ModelError(f"base model {path}: expected a {CONFIG}, found none; name a directory saved by transformers")
+    _require_inside(path, path / CONFIG)
+    files = list(_weight_files(path))
+    if not files:
+        raise ModelError(f"base model {path} holds no safetensors: {_pickles(path)}; {_CONVERT}")
+    for file in files:
+        _require_inside(path, file)
+        try:
+            with safe_open(file, framework="pt") as weights:
+                weights.keys()
+        except (OSError, SafetensorError) as error:
+            raise ModelError(
+                f"base model {file} does not load: {_first_line(error)}; download or save it again"
+            ) from error
+
+
+def _weight_files(path: Path) -> Iterator[Path]:
+    """Yield what a load of a model would read: the one file, or those that the index names."""
+    if not (path / INDEX).exists() and not (path / INDEX).is_symlink():
+        if (path / WEIGHTS).exists() or (path / WEIGHTS).is_symlink():
+            yield path / WEIGHTS
+        return
+    _require_inside(path, path / INDEX)
+    try:
+        if (size := (path / INDEX).stat().st_size) > _MOST_INDEX_BYTES:
+            raise ModelError(f"{path / INDEX}: expected at most {_MOST_INDEX_BYTES} bytes, found {size}")
+        record = json.loads((path / INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path / INDEX}: expected an index of shards: {_first_line(error)}; save it again") from error
+    shards = record.get("weight_map") if isinstance(record, dict) else None
+    if not isinstance(shards, dict) or not shards:
+        raise ModelError(f"{path / INDEX}: expected a weight_map of shards, found none; save the model again")
+    for name in sorted(set(map(str, shards.values()))):
+        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise ModelError(f"{path / INDEX}: expected .safetensors files of its own directory, found {name!r}")
+        yield path / name
+
+
+def _require_inside(path: Path, file: Path) -> None:
+    # The hub's cache keeps a snapshot's files as links into its own blobs.
+    inside = (path.resolve(), path.resolve().parent.parent / "blobs")
+    target = file.resolve()
+    if not any(target.is_relative_to(directory) for directory in inside):
+        raise ModelError(f"{file}: expected a file of its own directory, found a link to {target}; copy it")
+
+
+def _pickles(path: Path) -> str:
+    found = sorted(item.name for item in path.glob("*") if item.suffix in _PICKLES)
+    return f"found {', '.join(found)}, which may run code when loaded" if found else "found none"
 
 
 def _check_links(path: Path) -> None:
     """Refuse files that lead out of the directory, as an index of shards or a link can."""
     if (path / INDEX).is_symlink() or (path / INDEX).exists():
         raise ModelError(f"{path / INDEX}: expected one {WEIGHTS}, found an index of shards; save the drafter again")
-    # The hub's cache keeps a snapshot's files as links into its own blobs.
-    inside = (path.resolve(), path.resolve().parent.parent / "blobs")
     for name in (CONFIG, WEIGHTS, manifest.MANIFEST):
-        target = (path / name).resolve()
-        if not any(target.is_relative_to(directory) for directory in inside):
-            raise ModelError(f"{path / name}: expected a file of its own directory, found a link to {target}; copy it")
+        _require_inside(path, path / name)
 
 
 def _check_directory(path: Path) -> None:
@@ -117,9 +199,7 @@ def _check_directory(path: Path) -> None:
             f"{RecurrentDraftingConfig.model_type!r}; train one with train_speculator.py"
         )
     if not (path / WEIGHTS).is_file():
-        pickles = sorted(item.name for item in path.glob("*") if item.suffix in {".bin", ".pt", ".pth"})
-        found = f"found {', '.join(pickles)}, which may run code when loaded" if pickles else "found none"
-        raise ModelError(f"{path} holds no {WEIGHTS}: {found}; convert with safetensors.torch.save_file or train again")
+        raise ModelError(f"{path} holds no {WEIGHTS}: {_pickles(path)}; {_CONVERT} or train again")
 
 
 def _check_header(path: Path) -> None:
@@ -134,6 +214,11 @@ def _check_header(path: Path) -> None:
         raise ModelError(f"drafter {at} does not load: {_first_line(error)}; train or download it again") from error
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in Drafter(config).state_dict().items()}
+    if any(name.startswith("lm_head.") for name in found):
+        raise ModelError(
+            f"drafter {path}: {WEIGHTS} is in Apple's layout; run: python -m recurrent_drafting.checkpoint import "
+            f"--format apple {path} NEW_DIRECTORY"
+        )
     for kind, names in (("missing", expected.keys() - found), ("unexpected", found.keys() - expected)):
         if names:
             raise ModelError(f"drafter {path}: {kind} keys in {WEIGHTS}: {', '.join(sorted(names))}")
@@ -147,7 +232,7 @@ def _check_header(path: Path) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _check_weights(drafter: Drafter, info: dict[str, object], name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import itertools
 import os
 import sys
 import traceback
@@ -47,7 +48,9 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(UsageError.exit_code, f"error: {message} (see {self.prog} --help)\n")
 
     def _nearest(self, flag: str) -> str:
-        names = [name for name in self._option_string_actions if name.startswith("--")]
+        below = [item.choices.values() for item in self._actions if isinstance(item, argparse._SubParsersAction)]
+        parsers: list[argparse.ArgumentParser] = [self, *itertools.chain.from_iterable(below)]
+        names = [name for parser in parsers for name in parser._option_string_actions if name.startswith("--")]
         near = difflib.get_close_matches(flag.split("=", maxsplit=1)[0], names, n=1, cutoff=0.5)
         return f"; did you mean {near[0]}?" if near else ""
 

@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from recurrent_drafting import assets
+from recurrent_drafting import assets, checkpoint, memory
 from recurrent_drafting.draft_tree import DraftTree
-from recurrent_drafting.errors import DataError, ModelError, NetworkError, UsageError
+from recurrent_drafting.errors import DataError, ModelError, NetworkError, ResourceError, UsageError
 from recurrent_drafting.kv_cache import VerifierCache
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -519,6 +519,8 @@ def _computes_bf16(device: torch.device) -> bool:
 
 def _load(source: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
     """Load a causal LM, turning the library's many failures into ours."""
+    if Path(source).exists():
+        checkpoint.check_base(Path(source))
     try:
         config = AutoConfig.from_pretrained(source, **options)
         if config.is_encoder_decoder:
@@ -526,8 +528,10 @@ def _load(source: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTraine
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, RuntimeError, ImportError, AttributeError, TypeError, SafetensorError) as error:
+        if memory.is_shortage(error):
+            raise ResourceError(f"base model {source} does not load: {memory.describe(error)}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if Path(source).exists() or not isinstance(error, OSError):
             raise ModelError(f"base model {source} does not load: {reason}") from error
         raise NetworkError(
@@ -536,7 +540,14 @@ def _load(source: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTraine
         ) from error
     model: PreTrainedModel
     model, report = loaded
+    _check_weights(model, source, report)
+    return model
+
+
+def _check_weights(model: PreTrainedModel, source: str, report: dict[str, Any]) -> None:
     if missing := sorted(report["missing_keys"]):
         # transformers would go on with random values in their place.
         raise ModelError(f"base model {source} does not load: {len(missing)} weights are missing, first {missing[0]}")
-    return model
+    for name, weights in model.named_parameters():
+        if weights.dtype in _PROBE_TOLERANCE and not bool(torch.isfinite(weights).all()):
+            raise ModelError(f"base model {source}: weights {name} hold NaN or infinity; download or save it again")
