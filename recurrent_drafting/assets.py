@@ -185,8 +185,13 @@ def _digest(path: Path) -> str:
 
 def asset_fingerprint(directory: Path) -> str | None:
     """Return the SHA-256 of the packaged file that a model directory was made from, else None."""
-    record = directory / _RECORD
-    return str(json.loads(record.read_text())["sha256"]) if record.exists() else None
+    path = directory / _RECORD
+    if not path.exists():
+        return None
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["sha256"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ModelError(f"{path}: expected the record of a packaged model ({error}); delete the file") from error
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import runpy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,14 +18,14 @@ from safetensors import SafetensorError, safe_open
 from recurrent_drafting import manifest, memory
 from recurrent_drafting.config import RecurrentDraftingConfig
 from recurrent_drafting.drafter import Drafter
-from recurrent_drafting.errors import ModelError, NetworkError
+from recurrent_drafting.errors import ModelError, NetworkError, ResourceError
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 INDEX = f"{WEIGHTS}.index.json"
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _CONVERT = "convert with safetensors.torch.save_file"
-_MOST_INDEX_BYTES = 64 * 1024 * 1024
+_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 def save_drafter(drafter: Drafter, directory: str | Path, fingerprints: Mapping[str, str | None] | None = None) -> None:
@@ -62,8 +63,8 @@ def config_fields(config: RecurrentDraftingConfig) -> dict[str, Any]:
 def is_drafter(directory: Path) -> bool:
     """Tell whether a directory says it holds a drafter."""
     try:
-        record = json.loads((directory / CONFIG).read_text())
-    except (OSError, ValueError, RecursionError):
+        record = manifest.read_json(directory / CONFIG)
+    except (OSError, ValueError):
         return False
     return isinstance(record, dict) and record.get("model_type") == RecurrentDraftingConfig.model_type
 
@@ -106,7 +107,9 @@ def _download(name: str, revision: str) -> Path:
     Raises:
         NetworkError: the hub did not give it.
         ModelError: the repository holds no drafter.
+        ResourceError: the cache cannot be written.
     """
+    require_hub_cache()
     try:
         config = Path(huggingface_hub.hf_hub_download(name, CONFIG, revision=revision))
         for file in (WEIGHTS, manifest.MANIFEST):
@@ -123,6 +126,22 @@ def _download(name: str, revision: str) -> Path:
     return config.parent
 
 
+def require_hub_cache() -> None:
+    """Refuse a download that could not be kept, before it begins.
+
+    Raises:
+        ResourceError: the hub's cache cannot be written; names the variable that moves it.
+    """
+    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        reason = None if os.access(cache, os.W_OK) else "permission denied"
+    except OSError as error:
+        reason = error.strerror
+    if reason is not None:
+        raise ResourceError(f"the hub's cache {cache} cannot be written: {reason}; set HF_HOME to a writable directory")
+
+
 def check_base(path: Path) -> None:
     """Refuse a base model's directory whose files lead out of it, are pickled or declare what they do not hold.
 
@@ -132,21 +151,37 @@ def check_base(path: Path) -> None:
     Raises:
         ModelError: names the file, what was expected and what was found.
     """
-    if not (path / CONFIG).exists():
-        raise ModelError(f"base model {path}: expected a {CONFIG}, found none; name a directory saved by transformers")
     _require_inside(path, path / CONFIG)
+    try:
+        config = manifest.read_json(path / CONFIG)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"base model {path}: expected a {CONFIG}, JSON as transformers saves it: {_first_line(error)}; name another one"
+        ) from error
     files = list(_weight_files(path))
     if not files:
         raise ModelError(f"base model {path} holds no safetensors: {_pickles(path)}; {_CONVERT}")
-    for file in files:
-        _require_inside(path, file)
-        try:
-            with safe_open(file, framework="pt") as weights:
-                weights.keys()
-        except (OSError, SafetensorError) as error:
-            raise ModelError(
-                f"base model {file} does not load: {_first_line(error)}; download or save it again"
-            ) from error
+    tensors = sum(_tensor_count(path, file) for file in files)
+    # A model of that many layers would be built before the first of them is missed.
+    if (layers := _declared_layers(config)) > tensors:
+        raise ModelError(f"base model {path}: {CONFIG} declares {layers} layers, the weights hold {tensors} tensors")
+
+
+def _tensor_count(path: Path, file: Path) -> int:
+    """Return the number of tensors that the header of a base's file declares; nothing else is read."""
+    _require_inside(path, file)
+    try:
+        with safe_open(file, framework="pt") as weights:
+            return len(weights.keys())
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"base model {file} does not load: {_first_line(error)}; download or save it again") from error
+
+
+def _declared_layers(config: Any) -> int:
+    if not isinstance(config, dict):
+        return 0
+    own = [value for name in _DEPTHS if isinstance(value := config.get(name), int)]
+    return max([*own, *(_declared_layers(value) for value in config.values() if isinstance(value, dict))], default=0)
 
 
 def _weight_files(path: Path) -> Iterator[Path]:
@@ -157,10 +192,8 @@ def _weight_files(path: Path) -> Iterator[Path]:
         return
     _require_inside(path, path / INDEX)
     try:
-        if (size := (path / INDEX).stat().st_size) > _MOST_INDEX_BYTES:
-            raise ModelError(f"{path / INDEX}: expected at most {_MOST_INDEX_BYTES} bytes, found {size}")
-        record = json.loads((path / INDEX).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        record = manifest.read_json(path / INDEX)
+    except (OSError, ValueError) as error:
         raise ModelError(f"{path / INDEX}: expected an index of shards: {_first_line(error)}; save it again") from error
     shards = record.get("weight_map") if isinstance(record, dict) else None
     if not isinstance(shards, dict) or not shards:
@@ -209,9 +242,13 @@ def _check_header(path: Path) -> None:
         with safe_open(file, framework="pt") as weights:
             found = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
         config = RecurrentDraftingConfig.from_pretrained(path)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError) as error:
         at = file if isinstance(error, SafetensorError) else path
         raise ModelError(f"drafter {at} does not load: {_first_line(error)}; train or download it again") from error
+    if config.num_draft_layers > len(found):
+        raise ModelError(
+            f"drafter {path}: {CONFIG} declares {config.num_draft_layers} layers, {WEIGHTS} holds {len(found)} tensors"
+        )
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in Drafter(config).state_dict().items()}
     if any(name.startswith("lm_head.") for name in found):

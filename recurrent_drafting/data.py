@@ -27,6 +27,16 @@ from recurrent_drafting.errors import DataError, ModelError, NetworkError, Usage
 
 # Longer lines are refused before they are parsed.
 MAX_LINE_BYTES = 64 * 1024 * 1024
+# What a chat template's own expressions may end in; jinja has a class for its own errors alone.
+_TEMPLATE_FAILURES = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 _ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "assistant"), "assistant"),
@@ -600,7 +610,7 @@ def render(tokenizer: Any, messages: list[dict[str, str]], *, ask: bool = False)
         text = tokenizer.apply_chat_template(
             messages, add_generation_prompt=ask, tokenize=False, chat_template=None if own else FALLBACK_TEMPLATE
         )
-    except TemplateError as error:
+    except _TEMPLATE_FAILURES as error:
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(
             f"the chat template refuses a conversation of {roles}: {_first_line(error)}; expected roles that it "

@@ -24,6 +24,7 @@ MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 PARTIAL = ".partial"
 _OWN = "manifest_sha256"
+_MOST_JSON_BYTES = 64 * 1024 * 1024
 _FULL = {errno.ENOSPC: "os error 28", errno.EDQUOT: "os error 122", errno.EFBIG: "os error 27"}
 
 
@@ -102,8 +103,8 @@ def read(directory: Path) -> dict[str, Any]:
     """
     path = directory / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        manifest = read_json(path)
+    except (OSError, ValueError) as error:
         raise ModelError(f"{path}: expected a manifest, found none that can be read ({error})") from error
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
@@ -119,6 +120,23 @@ def read(directory: Path) -> dict[str, Any]:
         _compare(directory / name, entry)
     checked: dict[str, Any] = manifest
     return checked
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of settings: a regular file of ordinary size, whose values are not nested without end.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is none.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("expected a regular file")
+    if (size := path.stat().st_size) > _MOST_JSON_BYTES:
+        raise ValueError(f"expected at most {_MOST_JSON_BYTES} bytes, found {size}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("expected flat JSON, found values nested too deeply") from error
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:

@@ -521,6 +521,8 @@ def _load(source: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTraine
     """Load a causal LM, turning the library's many failures into ours."""
     if Path(source).exists():
         checkpoint.check_base(Path(source))
+    else:
+        checkpoint.require_hub_cache()
     try:
         config = AutoConfig.from_pretrained(source, **options)
         if config.is_encoder_decoder:
