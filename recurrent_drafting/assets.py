@@ -145,8 +145,8 @@ def model_directory(name: str) -> Path:
     with _scratch(target.parent) as scratch:
         converted = scratch / "safetensors"
         record = {"name": name, "sha256": asset.sha256, "note": asset.note, **_convert(source, converted)}
-        record["files"] = {path.name: _digest(path) for path in sorted(converted.iterdir())}
-        (converted / _RECORD).write_text(json.dumps(record, indent=2))
+        files = {path.name: _digest(path) for path in sorted(converted.iterdir())}
+        (converted / _RECORD).write_text(json.dumps({**record, "files": files}, indent=2))
         if target.exists() and not _is_whole(target):
             target.replace(scratch / "damaged")
         try:

@@ -156,7 +156,7 @@ def check_base(path: Path) -> None:
         config = manifest.read_json(path / CONFIG)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"base model {path}: expected a {CONFIG}, JSON as transformers saves it: {_first_line(error)}; name another one"
+            f"base model {path}: expected a {CONFIG}, JSON as transformers saves it: {_first_line(error)}"
         ) from error
     files = list(_weight_files(path))
     if not files:

@@ -386,6 +386,8 @@ class Verifier:
                     head_gap = max(head_gap, _relative_gap(self.head(hidden), expected))
                     tree_gap = max(tree_gap, _relative_gap(got[1:], expected[:, -1]))
         except (TypeError, AttributeError, AssertionError, LookupError, RuntimeError, ValueError) as error:
+            if memory.is_shortage(error):
+                raise
             raise self._unsupported(f"{type(error).__name__}: {error}".splitlines()[0]) from error
         tolerance = _PROBE_TOLERANCE.get(self.dtype, 0.1)
         if head_gap > tolerance / 10:

@@ -17,6 +17,8 @@ import generate_speculator
 import train_speculator
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+# Made up; it must appear nowhere but in the requests to the hub.
+TOKEN = "hf_canaryCanaryCanaryCanary"
 Main = Callable[[Sequence[str]], int]
 Capture = pytest.CaptureFixture[str]
 GENERATE = ("--dtype", "fp32", "--device", "cpu", "--max_tree_nodes", "6", "--max_generation_length", "8")

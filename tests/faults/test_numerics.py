@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -40,7 +41,7 @@ def fragile_base(base: str, before: str) -> str:
     embedding[:, -1] = 0
     embedding[ids[-1]] = 0
     embedding[ids[-1], -1] = 1
-    for token, following in zip(ids[:-1], ids[1:], strict=True):
+    for token, following in itertools.pairwise(ids):
         head[following] += 10 * embedding[token]
     head[5, -1] = HUGE
     tensors["lm_head.weight"] = head
@@ -132,7 +133,7 @@ def test_trees_shrink_when_memory_runs_out(
     expected = capsys.readouterr().out
     monkeypatch.setattr(Verifier, "verify", no_memory_above(nodes))
     # The probe verifies three nodes when the base is loaded; its own failure is another row.
-    monkeypatch.setattr(Verifier, "_probe", lambda self: None)
+    monkeypatch.setattr(Verifier, "_probe", lambda _: None)
     assert generate(models, *argv, "--max_tree_nodes", "16") == 0
     assert capsys.readouterr().out == expected
     shrunk = [message for message in caplog.messages if message.startswith("no memory to verify")]
@@ -145,7 +146,7 @@ def test_no_memory_for_a_single_node(
     models: Models, more: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setattr(Verifier, "verify", no_memory_above(0))
-    monkeypatch.setattr(Verifier, "_probe", lambda self: None)
+    monkeypatch.setattr(Verifier, "_probe", lambda _: None)
     argv = generate_argv(models, "--prompt", "hello", "--base_model", models.base, *more)
     line = refused(generate_speculator.main, argv, 5, capsys, f"{EXBIBYTE} bytes were wanted")
     assert "bytes were wanted, " in line and "are free" in line
