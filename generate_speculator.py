@@ -297,6 +297,9 @@ def _text(raw: bytes, where: str) -> str:
 def _checked_prompt(text: str, where: str) -> str:
     if not text.strip():
         raise DataError(f"{where} is empty: expected a prompt of at least one character")
+    place = next((index for index, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
+    if place is not None:
+        raise DataError(f"{where}: expected UTF-8, got a byte that is none at character {place + 1}; convert it")
     return text.rstrip("\n")
 
 
@@ -536,6 +539,8 @@ def execute(args: argparse.Namespace) -> int:
     questions = load_questions(args)
     verifier, drafter = load_models(args)
     tokenizer = data.load_tokenizer(args.base_model, args.revision, trust_remote_code=args.trust_remote_code)
+    if drafter is not None:
+        data.check_tokenizer(tokenizer, drafter.config.tokenizer_fingerprint, args.base_model)
     settings = run_settings(args, tokenizer, drafter.config if drafter else None)
     if args.sweep and drafter is not None and questions is not None:
         sweep(args, verifier, drafter, tokenizer, settings, questions)

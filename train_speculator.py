@@ -281,6 +281,7 @@ def load_data(
             print(f"data: {encoded.read} rows rendered, left out {encoded.skipped or 'none'}")
     made = len(rows := rows[: args.max_train_samples])
     rows, cut = data.truncate(rows, args.model_max_length)
+    data.check_token_ids(rows, verifier.vocab_size, args.llm_name_or_path)
     training, evaluation = data.split(rows, args.max_eval_samples)
     if len(training) < args.per_device_train_batch_size:
         raise DataError(
@@ -362,7 +363,8 @@ def dry_run(args: argparse.Namespace, training: TrainingArguments) -> int:
     usual = {item.name: item.default for item in fields(training)}
     given = {name: value for name, value in vars(args).items() if name not in usual or value != usual[name]}
     print(json.dumps({name: value for name, value in given.items() if value is not None}, indent=2, default=str))
-    verifier, tokenizer = load_base(args, training), load_tokenizer(args.llm_name_or_path, args.revision)
+    verifier = load_base(args, training)
+    tokenizer = load_tokenizer(args.llm_name_or_path, args.revision, trust_remote_code=args.trust_remote_code)
     expected = expect_data(args, verifier, tokenizer)
     rows = TokenDataset(expected.rows)
     with tempfile.TemporaryDirectory(prefix="dry-run-") as scratch:
@@ -422,13 +424,14 @@ def make_drafter(
 
     from recurrent_drafting import Drafter, RecurrentDraftingConfig
     from recurrent_drafting.checkpoint import load_drafter
-    from recurrent_drafting.data import tokenizer_fingerprint
+    from recurrent_drafting.data import check_tokenizer, tokenizer_fingerprint
     from recurrent_drafting.decoding import check_fit
     from recurrent_drafting.trainer import choose_draft_vocabulary, initialise_from_verifier
 
     if args.drafter_name_or_path:
         drafter = load_drafter(args.drafter_name_or_path)
         check_fit(verifier, drafter)
+        check_tokenizer(tokenizer, drafter.config.tokenizer_fingerprint, args.llm_name_or_path)
         return drafter
     token_ids, coverage = choose_draft_vocabulary(rows, args.draft_vocab_size, verifier.vocab_size)
     print(f"draft vocabulary: {len(token_ids)} of {verifier.vocab_size} tokens, {coverage:.1%} of the reply tokens")
@@ -558,7 +561,8 @@ def execute(args: argparse.Namespace, training: TrainingArguments) -> int:
     from recurrent_drafting import distributed, tracking
     from recurrent_drafting.data import load_tokenizer
 
-    verifier, tokenizer = load_base(args, training), load_tokenizer(args.llm_name_or_path, args.revision)
+    verifier = load_base(args, training)
+    tokenizer = load_tokenizer(args.llm_name_or_path, args.revision, trust_remote_code=args.trust_remote_code)
     training_rows, evaluation_rows = distributed.from_first_rank(training, lambda: load_data(args, verifier, tokenizer))
     drafter = make_drafter(args, verifier, training_rows, tokenizer)
     print(f"drafter: {drafter.num_parameters() / 1e6:.2f} M parameters")

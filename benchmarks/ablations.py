@@ -73,7 +73,7 @@ def train(args: argparse.Namespace, change: str, seed: int, steps: int, output: 
 
 def held_out(args: argparse.Namespace, verifier: Verifier, tokenizer: Any) -> list[list[int]]:
     """Return prompts of the rows that every run leaves out of training."""
-    rows, _ = data.truncate(distillation.self_rows(verifier, tokenizer, Path("."), None), args.model_max_length)
+    rows, _ = data.truncate(distillation.self_rows(verifier, tokenizer, Path(), None), args.model_max_length)
     return train_serve.prompts_of(data.split(rows, HELD_OUT_ROWS)[1].rows, args.prompts)
 
 

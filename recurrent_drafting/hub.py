@@ -14,7 +14,7 @@ import huggingface_hub
 from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from recurrent_drafting import custom_generate
+from recurrent_drafting import custom_generate, manifest
 from recurrent_drafting.assets import ASSETS
 from recurrent_drafting.checkpoint import CONFIG, WEIGHTS
 from recurrent_drafting.config import RecurrentDraftingConfig
@@ -277,6 +277,7 @@ def files_to_upload(
         CONFIG: directory / CONFIG,
         custom_generate.PATH: custom_generate.SCRIPT.encode(),
         WEIGHTS: directory / WEIGHTS,
+        manifest.MANIFEST: manifest.text([directory / CONFIG, directory / WEIGHTS], {}).encode(),
     }
     for item in evaluations:
         names = {"speculator_path": repo_name, "base_model": public_name(item.summary["base_model"])}

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 PARTIAL = ".partial"
 _OWN = "manifest_sha256"
+_MOST_JSON_BYTES = 64 * 1024 * 1024
 _FULL = {errno.ENOSPC: "os error 28", errno.EDQUOT: "os error 122", errno.EFBIG: "os error 27"}
 
 
@@ -102,7 +103,7 @@ def read(directory: Path) -> dict[str, Any]:
     """
     path = directory / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: expected a manifest, found none that can be read ({error})") from error
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
@@ -110,12 +111,32 @@ def read(directory: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: expected format_version {FORMAT_VERSION}, found {version!r}; update the package")
     if (found := _digest(manifest)) != manifest.get(_OWN):
         raise ModelError(f"{path}: expected SHA-256 {manifest.get(_OWN)}, found {found}; the manifest is damaged")
-    for name, entry in manifest["files"].items():
-        if Path(name).name != name or name == "..":
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+        raise ModelError(f"{path}: expected files with size and SHA-256, found {type(files).__name__}; save it again")
+    for name, entry in files.items():
+        if Path(name).name != name or name == ".." or "\0" in name:
             raise ModelError(f"{path}: expected file names of its own directory, found {name!r}")
         _compare(directory / name, entry)
     checked: dict[str, Any] = manifest
     return checked
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of settings: a regular file of ordinary size, whose values are not nested without end.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is none.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("expected a regular file")
+    if (size := path.stat().st_size) > _MOST_JSON_BYTES:
+        raise ValueError(f"expected at most {_MOST_JSON_BYTES} bytes, found {size}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("expected flat JSON, found values nested too deeply") from error
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
@@ -180,12 +201,22 @@ def _is_full(error: Exception) -> bool:
 def _seal(partial: Path, record: Mapping[str, Any]) -> None:
     """Write the manifest of what is in a directory and bring all of it to the disk."""
     paths = sorted(partial.iterdir())
+    (partial / MANIFEST).write_text(text(paths, record), encoding="utf-8")
+    for path in (*paths, partial / MANIFEST, partial):
+        _sync(path)
+
+
+def text(paths: Sequence[Path], record: Mapping[str, Any]) -> str:
+    """Return the manifest of some files of one directory, as it is written.
+
+    Args:
+        paths: the files.
+        record: what it says beside them.
+    """
     files = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in paths}
     manifest = {"format_version": FORMAT_VERSION, **record, "files": files}
     manifest[_OWN] = _digest(manifest)
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    for path in (*paths, partial / MANIFEST, partial):
-        _sync(path)
+    return json.dumps(manifest, indent=2) + "\n"
 
 
 def _sync(path: Path) -> None:

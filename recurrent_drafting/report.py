@@ -682,6 +682,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.ArgumentParser(prog="python -m recurrent_drafting.report", description=__doc__)
     parser.add_argument("out", metavar="OUT.html")
     parser.add_argument("results", metavar="RESULT.json", nargs="+")
+    parser.add_argument("--debug", action="store_true", help="print tracebacks")
     args = parser.parse_args(argv)
 
     def body() -> int:
@@ -689,7 +690,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"report: {args.out}\n")
         return 0
 
-    return cli.run(body, debug=False)
+    return cli.run(body, args.debug)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from recurrent_drafting import assets
+from recurrent_drafting import assets, checkpoint, memory
 from recurrent_drafting.draft_tree import DraftTree
-from recurrent_drafting.errors import DataError, ModelError, NetworkError, UsageError
+from recurrent_drafting.errors import DataError, ModelError, NetworkError, ResourceError, UsageError
 from recurrent_drafting.kv_cache import VerifierCache
 from recurrent_drafting.packed_model import DecodingTwin
 
@@ -396,6 +396,8 @@ class Verifier:
                     head_gap = max(head_gap, _relative_gap(self.head(hidden), expected))
                     tree_gap = max(tree_gap, _relative_gap(got[1:], expected[:, -1]))
         except (TypeError, AttributeError, AssertionError, LookupError, RuntimeError, ValueError) as error:
+            if memory.is_shortage(error):
+                raise
             raise self._unsupported(f"{type(error).__name__}: {error}".splitlines()[0]) from error
         tolerance = _PROBE_TOLERANCE.get(self.dtype, 0.1)
         if head_gap > tolerance / 10:
@@ -529,6 +531,10 @@ def _computes_bf16(device: torch.device) -> bool:
 
 def _load(source: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
     """Load a causal LM, turning the library's many failures into ours."""
+    if Path(source).exists():
+        checkpoint.check_base(Path(source))
+    else:
+        checkpoint.require_hub_cache()
     try:
         config = AutoConfig.from_pretrained(source, **options)
         if config.is_encoder_decoder:
@@ -536,8 +542,10 @@ def _load(source: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTraine
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, RuntimeError, ImportError, AttributeError, TypeError, SafetensorError) as error:
+        if memory.is_shortage(error):
+            raise ResourceError(f"base model {source} does not load: {memory.describe(error)}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if Path(source).exists() or not isinstance(error, OSError):
             raise ModelError(f"base model {source} does not load: {reason}") from error
         raise NetworkError(
@@ -546,7 +554,14 @@ def _load(source: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTraine
         ) from error
     model: PreTrainedModel
     model, report = loaded
+    _check_weights(model, source, report)
+    return model
+
+
+def _check_weights(model: PreTrainedModel, source: str, report: dict[str, Any]) -> None:
     if missing := sorted(report["missing_keys"]):
         # transformers would go on with random values in their place.
         raise ModelError(f"base model {source} does not load: {len(missing)} weights are missing, first {missing[0]}")
-    return model
+    for name, weights in model.named_parameters():
+        if weights.dtype in _PROBE_TOLERANCE and not bool(torch.isfinite(weights).all()):
+            raise ModelError(f"base model {source}: weights {name} hold NaN or infinity; download or save it again")

@@ -19,6 +19,7 @@ MAX_FUNCTION_LINES = 60
 # A module imports only modules above it; ``__init__`` is whatever takes names from the package itself.
 ORDER = (
     "errors",
+    "memory",
     "config",
     "assets",
     "draft_tree",

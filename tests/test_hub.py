@@ -53,7 +53,8 @@ SUMMARY: dict[str, Any] = {
     "identical": 5,
     "compared": 16,
 }
-UPLOADED = ["README.md", "config.json", custom_generate.PATH, "model.safetensors", "quick_results.json"]
+UPLOADED = ["README.md", "config.json", custom_generate.PATH, "manifest.json", "model.safetensors"]
+UPLOADED += ["quick_results.json"]
 
 
 @pytest.fixture

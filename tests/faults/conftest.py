@@ -1,0 +1,76 @@
+"""Fixtures of the fault tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+from transformers import AutoTokenizer
+
+import generate_speculator
+from recurrent_drafting.data import tokenizer_fingerprint
+from tests.faults.common import TOKEN, Models, Pipe, save_chats
+from tests.hub_server import HubServer
+from tests.text_models import save_base, save_drafter
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    folder = tmp_path_factory.mktemp("faults")
+    base = save_base(folder / "base")
+    known = tokenizer_fingerprint(AutoTokenizer.from_pretrained(base))
+    return Models(str(base), str(save_drafter(folder / "drafter", base, tokenizer_fingerprint=known)))
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Run in an empty directory, without released drafters, without a network, with nothing on standard input."""
+    folder = tmp_path / "cwd"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(generate_speculator, "RELEASED", tmp_path / "released")
+    monkeypatch.setattr("sys.stdin", Pipe(b""))
+    return folder
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> str:
+    return save_chats(tmp_path / "chats.jsonl")
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    rows = [{"question_id": 80 + i, "category": "c", "turns": [f"first {i}", f"second {i}"]} for i in range(3)]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """Do what HF_ENDPOINT, HF_HUB_CACHE and HF_HUB_DISABLE_XET do at start-up; the user is logged in."""
+    server = HubServer(TOKEN)
+    constants = "huggingface_hub.constants"
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(f"{constants}.ENDPOINT", server.url)
+    monkeypatch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(f"{constants}.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(f"{constants}.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(f"{constants}.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    huggingface_hub.close_session()
+    yield server
+    huggingface_hub.close_session()
+    server.close()
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Let waits between tries take no time."""
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    return slept
