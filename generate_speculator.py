@@ -26,7 +26,8 @@ from recurrent_drafting.errors import DataError, ModelError, NetworkError, Usage
 
 if TYPE_CHECKING:
     from recurrent_drafting import Drafter, SpeculativeDecoder, Verifier
-    from recurrent_drafting.evaluation import Question, RunSettings, StopStrings
+    from recurrent_drafting.detokenizer import StopStrings
+    from recurrent_drafting.evaluation import Question, RunSettings
 
 MODES = ("--prompt", "--prompt_file", "--interactive", "--eval_mt_bench", "--eval_file")
 TRAINED = "models/*-recurrent-drafter*"
@@ -70,7 +71,15 @@ def _add_modes(parser: cli.ArgumentParser) -> None:
     group.add_argument("--max_prompt_length", type=int, default=500, help="tokens; the rest is cut")
     group.add_argument("--batch_size", type=int, default=1, help="prompts decoded together")
     group.add_argument("--turns", type=int, default=1, help="turns per question")
-    group.add_argument("--output_file", metavar="FILE", help="write results as JSON")
+    group.add_argument(
+        "--output_file",
+        metavar="FILE",
+        help="write results as JSON; keeps finished prompts beside it meanwhile, so that the same command run again "
+        "goes on where it was cut off",
+    )
+    group.add_argument(
+        "--answer_file", metavar="FILE", help="write the replies as .jsonl for FastChat's and Spec-Bench's scripts"
+    )
     group.add_argument("--report", metavar="FILE", help="write results as one HTML file with plots")
     group.add_argument("--use_wandb", action="store_true", help="send results to Weights & Biases")
     group.add_argument("--wandb_project", metavar="NAME", help="default: WANDB_PROJECT, else recurrent-drafting")
@@ -106,6 +115,7 @@ def _add_models(parser: cli.ArgumentParser) -> None:
     group.add_argument("--allow_base_mismatch", action="store_true", help="use a drafter of another base")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     group.add_argument("--dtype", default="auto", help="auto, fp32, bf16, fp16 or fp64")
+    group.add_argument("--compile", action="store_true", help="compile the base (torch.compile); first steps take long")
     group.add_argument("--num_threads", type=int, help="threads (default: torch's own choice)")
     beam = parser.add_argument_group("drafting")
     for name in ("width", "length"):
@@ -188,11 +198,11 @@ def _check_evaluation(args: argparse.Namespace) -> None:
     for name in ("autoregressive", "sweep"):
         if args.verify_lossless and getattr(args, name):
             raise UsageError(f"--verify_lossless compares with the baseline: drop --{name}")
-    for name in ("compare", "verify_lossless", "output_file", "report", "sweep", "use_wandb"):
+    for name in ("compare", "verify_lossless", "output_file", "answer_file", "report", "sweep", "use_wandb"):
         if getattr(args, name) and not evaluates:
             raise UsageError(f"--{name} goes with --eval_mt_bench or --eval_file")
     _check_sweep(args)
-    for name in ("output_file", "report"):
+    for name in ("output_file", "answer_file", "report"):
         if getattr(args, name) is not None:
             _check_output_file(f"--{name}", Path(getattr(args, name)))
     if args.use_wandb:
@@ -205,6 +215,8 @@ def _check_sweep(args: argparse.Namespace) -> None:
     """Refuse a sweep that cannot be run, and its flags without it."""
     if args.sweep:
         sweep_grid(args)
+        if args.answer_file is not None:
+            raise UsageError("--answer_file takes the replies of one setting: drop --sweep")
         if args.max_generation_length < 2:
             raise UsageError(f"--sweep needs --max_generation_length >= 2, got {args.max_generation_length}")
         return
@@ -370,7 +382,10 @@ def load_models(args: argparse.Namespace) -> tuple[Verifier, Drafter | None]:
     args.base_model = args.base_model or DEFAULT_BASE
     _say(f"base: {args.base_model}; drafter: {args.speculator_path if drafter else 'none'}")
     options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
-    return Verifier.from_pretrained(args.base_model, args.dtype, args.device, **options), drafter
+    verifier = Verifier.from_pretrained(args.base_model, args.dtype, args.device, **options)
+    if args.compile:
+        verifier.compile()
+    return verifier, drafter
 
 
 def _say(text: str) -> None:
@@ -379,7 +394,8 @@ def _say(text: str) -> None:
 
 def run_settings(args: argparse.Namespace, tokenizer: Any, config: RecurrentDraftingConfig | None) -> RunSettings:
     """Collect what decoding needs to know."""
-    from recurrent_drafting.evaluation import RunSettings, StopStrings
+    from recurrent_drafting.detokenizer import StopStrings
+    from recurrent_drafting.evaluation import RunSettings
 
     stop: StopStrings | None = StopStrings(tokenizer, args.stop) if args.stop else None
     own = config or RecurrentDraftingConfig
@@ -461,14 +477,22 @@ def evaluate(
     questions: Sequence[Question],
 ) -> None:
     """Run questions, print the summary, and deliver the results."""
-    from recurrent_drafting import evaluation
+    from recurrent_drafting import evaluation, evaluation_log
 
-    if decoder is None:
-        record = evaluation.run_baseline(verifier, tokenizer, questions, settings)
-    elif args.compare or args.verify_lossless:
-        record = evaluation.compare(verifier, decoder, tokenizer, questions, settings)
-    else:
-        record = evaluation.run_speculative(decoder, tokenizer, questions, settings)
+    progress = None if args.output_file is None else evaluation_log.path_for(Path(args.output_file))
+    if progress is not None and progress.exists():
+        _say(f"going on from {progress}")
+    try:
+        if decoder is None:
+            record = evaluation.run_baseline(verifier, tokenizer, questions, settings, progress)
+        elif args.compare or args.verify_lossless:
+            record = evaluation.compare(verifier, decoder, tokenizer, questions, settings, progress)
+        else:
+            record = evaluation.run_speculative(decoder, tokenizer, questions, settings, progress)
+    except KeyboardInterrupt:
+        if progress is not None:
+            _say(f"finished prompts are kept in {progress}: run the same command again to go on")
+        raise
     print(evaluation.format_summary(record["summary"]))
     deliver(args, record)
 
@@ -503,12 +527,15 @@ def sweep(
 
 def deliver(args: argparse.Namespace, record: dict[str, Any]) -> None:
     """Write results and report, tell the tracker, and insist on equal texts."""
-    from recurrent_drafting import evaluation, evaluation_tracking, report
+    from recurrent_drafting import answers, evaluation, evaluation_log, evaluation_tracking, report
     from recurrent_drafting.lossless import LosslessReport
 
     if args.output_file is not None:
         evaluation.write_json(record, Path(args.output_file))
+        evaluation_log.path_for(Path(args.output_file)).unlink(missing_ok=True)
         print(f"results: {args.output_file}")
+    if args.answer_file is not None:
+        print(f"answers: {', '.join(map(str, answers.write(record, Path(args.answer_file))))}")
     if args.report is not None:
         report.write([report.Result.of(Path(args.report).stem, record)], Path(args.report))
         print(f"report: {args.report}")

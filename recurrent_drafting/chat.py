@@ -15,8 +15,8 @@ from torch import Tensor
 from recurrent_drafting import data
 from recurrent_drafting.config import SamplingConfig
 from recurrent_drafting.decoding import AutoregressiveDecoder, SpeculativeDecoder
+from recurrent_drafting.detokenizer import Detokenizer, StopStrings
 from recurrent_drafting.errors import RecurrentDraftingError, UsageError
-from recurrent_drafting.evaluation import Detokenizer, StopStrings
 from recurrent_drafting.metrics import DecodingStats
 
 _GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"

@@ -9,8 +9,10 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, astuple, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,15 +21,18 @@ import torch
 from tqdm import tqdm
 
 import recurrent_drafting
-from recurrent_drafting import assets, data, lossless
+from recurrent_drafting import assets, data, evaluation_log, lossless
 from recurrent_drafting.config import BeamConfig, SamplingConfig
 from recurrent_drafting.decoding import (
     AutoregressiveDecoder,
     GenerationOutput,
     SpeculativeDecoder,
+    Step,
 )
+from recurrent_drafting.detokenizer import BROKEN, StopStrings, decode, token_texts
 from recurrent_drafting.drafter import Drafter
 from recurrent_drafting.errors import DataError, ResourceError, UsageError
+from recurrent_drafting.evaluation_log import EvaluationLog
 from recurrent_drafting.latency_cache import latency_table, processor
 from recurrent_drafting.lossless import LosslessReport
 from recurrent_drafting.metrics import DecodingStats
@@ -36,90 +41,6 @@ from recurrent_drafting.verifier import Verifier
 
 _TURNS_PER_QUESTION = 16
 _WARM_UP_TOKENS = 8
-BROKEN = "\ufffd"
-
-
-class StopStrings:
-    """End replies at the first occurrence of one of several strings.
-
-    As a stop function it keeps the tokens up to the one that completes a string, because a string
-    may begin or end inside a token; ``cut`` then removes the string and what follows from the text.
-
-    Args:
-        tokenizer: of the base.
-        strings: none of them empty.
-
-    Raises:
-        UsageError: a string is empty.
-    """
-
-    def __init__(self, tokenizer: Any, strings: Sequence[str]) -> None:
-        if not all(strings):
-            raise UsageError("--stop must be a non-empty string, got ''")
-        self.strings = tuple(strings)
-        self._tokenizer = tokenizer
-        # A token adds at least a byte, special ones aside; the slack is for those.
-        self._reach = 2 * max((len(text.encode()) for text in strings), default=0) + 8
-
-    def __call__(self, tokens: Sequence[int]) -> int | None:
-        """Return how many of a reply's tokens to keep once it holds a stop string, else None."""
-        tail = decode(self._tokenizer, tokens[-self._reach :])
-        if not any(text in tail for text in self.strings):
-            return None
-        whole = decode(self._tokenizer, tokens)
-        return len(tokens) if self.cut(whole) != whole else None
-
-    def cut(self, text: str) -> str:
-        """Return the text before the first stop string."""
-        found = [place for item in self.strings if (place := text.find(item)) >= 0]
-        return text[: min(found, default=len(text))]
-
-
-def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
-    """Turn a reply's tokens into text, without special tokens."""
-    return str(tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-class Detokenizer:
-    """Turn the tokens of a reply into text one by one, without broken characters.
-
-    Args:
-        tokenizer: of the base.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._shown_from = self._shown_to = 0
-
-    def push(self, token: int) -> str:
-        """Take a token; return the text it completes, empty while its bytes form no character yet."""
-        self._tokens.append(token)
-        known, text = self._texts()
-        if len(text) <= len(known) or text.endswith(BROKEN):
-            return ""
-        self._shown_from, self._shown_to = self._shown_to, len(self._tokens)
-        return text[len(known) :]
-
-    def finish(self) -> str:
-        """Return what is left; bytes that never became a character are dropped."""
-        known, text = self._texts()
-        self._shown_from = self._shown_to = len(self._tokens)
-        return text.rstrip(BROKEN)[len(known) :]
-
-    def _texts(self) -> tuple[str, str]:
-        # Decoding starts at text already shown: tokenizers treat a first token apart.
-        known = decode(self._tokenizer, self._tokens[self._shown_from : self._shown_to])
-        return known, decode(self._tokenizer, self._tokens[self._shown_from :])
-
-
-def token_texts(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
-    """Return the text that each token of a reply completes; together they are the reply."""
-    detokenizer = Detokenizer(tokenizer)
-    texts = [detokenizer.push(token) for token in tokens]
-    if texts:
-        texts[-1] += detokenizer.finish()
-    return texts
 
 
 @dataclass(frozen=True)
@@ -176,6 +97,46 @@ class _Row:
     turn: int
     prompt: list[int]
     outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tstamp: float = 0.0
+
+
+@dataclass
+class _Finished:
+    """What all turns of some questions gave.
+
+    Args:
+        rows: one for each prompt.
+        stats: what each decoder did.
+        cut: prompts that were cut.
+    """
+
+    rows: list[_Row]
+    stats: dict[str, DecodingStats]
+    cut: int = 0
+
+    def entry(self) -> dict[str, Any]:
+        """Return it as a line of the log."""
+        rows = [{"turn": row.turn, "prompt": row.prompt, "tstamp": row.tstamp, "outputs": {}} for row in self.rows]
+        for line, row in zip(rows, self.rows, strict=True):
+            line["outputs"] = {
+                name: {**output, "steps": [astuple(step) for step in output["steps"]]}
+                for name, output in row.outputs.items()
+            }
+        return {"rows": rows, "stats": {name: asdict(item) for name, item in self.stats.items()}, "cut": self.cut}
+
+    @classmethod
+    def of(cls, entry: dict[str, Any], questions: Sequence[Question]) -> _Finished:
+        """Read a line of the log; its rows come turn by turn, in each the questions that have it."""
+        most = max(len(question.turns) for question in questions)
+        asked = [question for turn in range(most) for question in questions if turn < len(question.turns)]
+        rows = []
+        for question, line in zip(asked, entry["rows"], strict=False):
+            outputs = {
+                name: {**output, "steps": [Step(*step) for step in output["steps"]]}
+                for name, output in line["outputs"].items()
+            }
+            rows.append(_Row(question, line["turn"], line["prompt"], outputs, line["tstamp"]))
+        return cls(rows, {name: DecodingStats(**item) for name, item in entry["stats"].items()}, entry["cut"])
 
 
 def load_questions(
@@ -331,25 +292,94 @@ class Evaluation:
         self._runs = 0
         self.cut_prompts = 0
 
-    def run(self, questions: Sequence[Question]) -> dict[str, Any]:
-        """Decode every turn of every question and return the result record."""
-        settings = self._settings
+    def run(self, questions: Sequence[Question], progress: Path | None = None) -> dict[str, Any]:
+        """Decode every turn of every question and return the result record.
+
+        Args:
+            questions: what is asked.
+            progress: file that keeps what is finished; a run whose file is there goes on from it.
+
+        Raises:
+            UsageError: the file cannot be written.
+            ModelError: it is of a run with other settings.
+        """
+        with self._log(questions, progress) as log:
+            rows = self._decode_batches(questions, log)
+            return self._record(rows) | ({"sessions": log.sessions} if log else {})
+
+    @contextmanager
+    def _log(self, questions: Sequence[Question], progress: Path | None) -> Iterator[EvaluationLog | None]:
+        if progress is None:
+            yield None
+            return
+        with evaluation_log.opened(progress, self._identity(questions)) as log:
+            yield log
+
+    def _decode_batches(self, questions: Sequence[Question], log: EvaluationLog | None) -> list[_Row]:
+        """Take what the log holds, and decode the rest."""
+        size = self._settings.batch_size
+        batches = [questions[start : start + size] for start in range(0, len(questions), size)]
+        done = [_Finished.of(*pair) for pair in zip(log.entries if log else [], batches, strict=False)]
         rows: list[_Row] = []
-        self._warm_up(questions[0])
-        total = sum(min(settings.turns, len(question.turns)) for question in questions)
+        total = sum(min(self._settings.turns, len(question.turns)) for question in questions)
         with tqdm(total=total, desc="evaluation", unit="prompt") as bar:
-            for start in range(0, len(questions), settings.batch_size):
-                rows += self._batch(questions[start : start + settings.batch_size], bar)
-        return self._record(rows)
+            for finished in done:
+                self._take(finished, rows, bar)
+            self._share_latency_curve(log)
+            if len(done) < len(batches):
+                self._warm_up(questions[0])
+            for batch in batches[len(done) :]:
+                finished = self._batch(batch)
+                if log is not None:
+                    log.append(finished.entry())
+                self._take(finished, rows, bar)
+        return rows
+
+    def _take(self, finished: _Finished, rows: list[_Row], bar: Any) -> None:
+        """Count a finished batch."""
+        rows += finished.rows
+        self.cut_prompts += finished.cut
+        self._runs += len({row.turn for row in finished.rows})
+        for name, stats in finished.stats.items():
+            self._stats[name].merge(stats)
+        total = self._stats[self._main]
+        bar.set_postfix(tok_s=f"{total.tokens_per_second:.1f}", tau=f"{total.tau:.2f}")
+        bar.update(len(finished.rows))
+
+    def _identity(self, questions: Sequence[Question]) -> dict[str, Any]:
+        """Return what decides texts and figures of the run."""
+        settings = self._settings
+        texts = json.dumps([[question.question_id, question.category, question.turns] for question in questions])
+        described = {name: value for name, value in self._describe().items() if name != "latency_curve"}
+        return {
+            "base_model": settings.base_model,
+            "speculator_path": settings.speculator_path,
+            "drafter": self._speculative and _weights_digest(self._speculative.drafter),
+            "decoders": list(self._decoders),
+            "dtype": str(self._verifier.dtype).removeprefix("torch."),
+            "device": str(self._verifier.device),
+            "batch_size": settings.batch_size,
+            "questions": {"count": len(questions), "sha256": hashlib.sha256(texts.encode()).hexdigest()[:12]},
+            "settings": described,
+            "machine": machine(),
+        }
+
+    def _share_latency_curve(self, log: EvaluationLog | None) -> None:
+        """Choose tree sizes by one curve in all sessions: it is a setting that was measured."""
+        decoder = self._speculative
+        if log is None or decoder is None or decoder.latency is None:
+            return
+        curve = log.first_curve(asdict(decoder.latency))
+        decoder.latency = LatencyCurve(tuple(curve["nodes"]), tuple(curve["seconds"]), curve["depth_seconds"])
 
     def _warm_up(self, question: Question) -> None:
         prompt, _ = self._encode([{"role": "user", "content": question.turns[0]}])
         for decoder in self._decoders.values():
             decoder.generate([prompt], max_new_tokens=_WARM_UP_TOKENS, sampling=self._settings.sampling)
 
-    def _batch(self, questions: Sequence[Question], bar: Any) -> list[_Row]:
+    def _batch(self, questions: Sequence[Question]) -> _Finished:
         """Decode all turns of some questions; a reply enters the history of the next turn."""
-        rows: list[_Row] = []
+        finished = _Finished([], {name: DecodingStats() for name in self._decoders})
         histories: list[list[dict[str, str]]] = [[] for _ in questions]
         for turn in range(self._settings.turns):
             asked = [i for i, question in enumerate(questions) if turn < len(question.turns)]
@@ -359,31 +389,29 @@ class Evaluation:
             for i in asked:
                 histories[i].append({"role": "user", "content": questions[i].turns[turn]})
                 prompt, cut = self._encode(histories[i])
-                self.cut_prompts += cut
+                finished.cut += cut
                 batch.append(_Row(questions[i], turn, prompt))
-            self._decode_all(batch)
+            self._decode_all(batch, finished.stats, first=self._runs + turn)
             for i, row in zip(asked, batch, strict=True):
                 # With both decoders the baseline's reply goes on, so that both see one prompt.
                 reply = self._text(next(iter(self._decoders)), row)
                 histories[i].append({"role": "assistant", "content": reply})
-            rows += batch
-            last = self._stats[self._main]
-            bar.set_postfix(tok_s=f"{last.tokens_per_second:.1f}", tau=f"{last.tau:.2f}")
-            bar.update(len(batch))
-        return rows
+            finished.rows += batch
+        return finished
 
     @property
     def _main(self) -> str:
         return "speculative" if self._speculative else "baseline"
 
-    def _decode_all(self, batch: list[_Row]) -> None:
+    def _decode_all(self, batch: list[_Row], stats: dict[str, DecodingStats], *, first: int) -> None:
         """Run every decoder; the order alternates, so that none always runs on warmer memory."""
         names = list(self._decoders)
-        for name in names if self._runs % 2 == 0 else reversed(names):
-            self._decode(name, batch)
-        self._runs += 1
+        for name in names if first % 2 == 0 else reversed(names):
+            self._decode(name, batch, stats[name])
+        for row in batch:
+            row.tstamp = time.time()
 
-    def _decode(self, name: str, batch: list[_Row]) -> None:
+    def _decode(self, name: str, batch: list[_Row], stats: DecodingStats) -> None:
         settings = self._settings
         output: GenerationOutput = self._decoders[name].generate(
             [row.prompt for row in batch],
@@ -392,7 +420,7 @@ class Evaluation:
             stop=settings.stop,
             request_ids=[row.question.request_id(row.turn) for row in batch],
         )
-        self._stats[name].merge(output.stats)
+        stats.merge(output.stats)
         for index, row in enumerate(batch):
             row.outputs[name] = {
                 "tokens": output.sequences[index],
@@ -506,19 +534,15 @@ class Evaluation:
             "accepted": histogram,
             "accepted_by_step": [step.drafted for step in steps],
             "finish_reason": output["finish_reason"],
-            "choices": [
-                {
-                    "turns": [text],
-                    "new_tokens": [len(output["tokens"])],
-                    "wall_time": [output["seconds"]],
-                    "accept_lengths": [step.emitted for step in steps],
-                }
-            ],
+            "choices": [choice(text, len(output["tokens"]), output["seconds"], [step.emitted for step in steps])],
+            "tstamp": row.tstamp,
         }
         if len(row.outputs) == 2:
             record["baseline_seconds"] = row.outputs["baseline"]["seconds"]
             record["baseline_tokens"] = len(row.outputs["baseline"]["tokens"])
             record["identical"] = row.outputs["baseline"]["tokens"] == output["tokens"]
+            if not record["identical"]:
+                record["baseline_text"] = self._text("baseline", row)
         return record
 
     def _describe(self) -> dict[str, Any]:
@@ -536,6 +560,34 @@ class Evaluation:
             described["beam"] = asdict(self._speculative.beam)
             described["latency_curve"] = None if curve is None else asdict(curve)
         return described
+
+
+def choice(text: str, tokens: int, seconds: float, accept_lengths: list[int]) -> dict[str, Any]:
+    """Return one turn in the words of FastChat's and Spec-Bench's answer files.
+
+    Args:
+        text: the reply.
+        tokens: its new tokens.
+        seconds: of the wall clock.
+        accept_lengths: tokens emitted by each verifier step; the first token comes from the prefill.
+    """
+    return {
+        "index": 0,
+        "turns": [text],
+        "decoding_steps": [len(accept_lengths)],
+        "new_tokens": [tokens],
+        "wall_time": [seconds],
+        "accept_lengths": accept_lengths,
+    }
+
+
+def _weights_digest(drafter: Drafter) -> str:
+    """Return the identity of a drafter's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(drafter.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def speedup(row: dict[str, Any]) -> float | None:
@@ -561,9 +613,10 @@ def compare(
     tokenizer: Any,
     questions: Sequence[Question],
     settings: RunSettings,
+    progress: Path | None = None,
 ) -> dict[str, Any]:
     """Run baseline and speculative decoder in turn on every prompt, and audit the texts."""
-    return Evaluation(verifier, decoder, tokenizer, settings, baseline=True).run(questions)
+    return Evaluation(verifier, decoder, tokenizer, settings, baseline=True).run(questions, progress)
 
 
 def run_speculative(
@@ -571,16 +624,21 @@ def run_speculative(
     tokenizer: Any,
     questions: Sequence[Question],
     settings: RunSettings,
+    progress: Path | None = None,
 ) -> dict[str, Any]:
     """Run the speculative decoder alone."""
-    return Evaluation(decoder.verifier, decoder, tokenizer, settings, baseline=False).run(questions)
+    return Evaluation(decoder.verifier, decoder, tokenizer, settings, baseline=False).run(questions, progress)
 
 
 def run_baseline(
-    verifier: Verifier, tokenizer: Any, questions: Sequence[Question], settings: RunSettings
+    verifier: Verifier,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    settings: RunSettings,
+    progress: Path | None = None,
 ) -> dict[str, Any]:
     """Run the autoregressive baseline alone."""
-    return Evaluation(verifier, None, tokenizer, settings, baseline=True).run(questions)
+    return Evaluation(verifier, None, tokenizer, settings, baseline=True).run(questions, progress)
 
 
 def machine() -> dict[str, Any]:

@@ -79,6 +79,8 @@ class VerifierCache(Cache):
         """Return the committed length of the longest row, in tokens."""
         return max(self.lengths, default=0)
 
+    # Lengths change with every step: a compiled base would be compiled anew each time.
+    @torch.compiler.disable
     def append(self, layer_index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write new entries behind each row's length; the lengths stay until ``keep``.
 

@@ -110,6 +110,10 @@ class Verifier:
         fingerprint = assets.asset_fingerprint(Path(source)) if Path(source).is_dir() else None
         return cls(model, name_or_path=name_or_path, fingerprint=fingerprint)
 
+    def compile(self) -> None:
+        """Compile the forward of the base (torch.compile) for changing lengths and tree sizes."""
+        self._body.compile(dynamic=True)
+
     @property
     def device(self) -> torch.device:
         """Return where token ids go in."""

@@ -18,7 +18,7 @@ from recurrent_drafting import (
     SpeculativeDecoder,
 )
 from recurrent_drafting.chat import Chat, ChatSettings, Piece, ReplyStreamer, Terminal, TextStream
-from recurrent_drafting.evaluation import BROKEN, StopStrings, decode
+from recurrent_drafting.detokenizer import BROKEN, StopStrings, decode
 from tests.text_models import load_verifier, make_tokenizer, save_base, save_drafter
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from recurrent_drafting import Drafter, SpeculativeDecoder, Verifier, evaluation
+from recurrent_drafting import Drafter, SpeculativeDecoder, Verifier, detokenizer, evaluation
+from recurrent_drafting.detokenizer import StopStrings
 from recurrent_drafting.errors import DataError, UsageError
-from recurrent_drafting.evaluation import Question, RunSettings, StopStrings
+from recurrent_drafting.evaluation import Question, RunSettings
 from tests.text_models import load_verifier, make_tokenizer, save_base, save_drafter, save_questions
 
 SETTINGS = RunSettings(base_model="base", speculator_path="drafter", max_new_tokens=12)
@@ -148,9 +149,9 @@ def test_orders_alternate(
     order: list[str] = []
     original = evaluation.Evaluation._decode
 
-    def spy(self: evaluation.Evaluation, name: str, batch: Any) -> None:
+    def spy(self: evaluation.Evaluation, name: str, *rest: Any) -> None:
         order.append(name)
-        original(self, name, batch)
+        original(self, name, *rest)
 
     monkeypatch.setattr(evaluation.Evaluation, "_decode", spy)
     settings = replace(SETTINGS, batch_size=2)
@@ -198,7 +199,7 @@ class TestStopStrings:
         for text, cut in (("abc END def", "abc "), ("caf é! x", "caf "), ("no end", "no end")):
             ids = tokenizer(text)["input_ids"]
             kept = next((k for n in range(1, len(ids) + 1) if (k := stop(ids[:n]))), None)
-            whole = evaluation.decode(tokenizer, ids[:kept])
+            whole = detokenizer.decode(tokenizer, ids[:kept])
             assert stop.cut(whole) == cut
             if kept is not None:
                 assert whole.endswith(("END", "é!"))

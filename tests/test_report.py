@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from recurrent_drafting import Drafter, SpeculativeDecoder, evaluation, report
+from recurrent_drafting import Drafter, SpeculativeDecoder, detokenizer, evaluation, report
 from recurrent_drafting.config import SamplingConfig
 from recurrent_drafting.errors import DataError
 from recurrent_drafting.evaluation import RunSettings
@@ -275,7 +275,7 @@ def test_a_real_record_marks_the_tokens_that_were_drafted(tmp_path: Path) -> Non
     drafted = sum(sum(row["accepted_by_step"]) for row in data["rows"])
     assert drafted > 0
     for item in data["rows"]:
-        assert "".join(item["token_texts"]) == item["text"].rstrip(evaluation.BROKEN)
+        assert "".join(item["token_texts"]) == item["text"].rstrip(detokenizer.BROKEN)
         assert sum(report.drafted_tokens(item)) == sum(item["accepted_by_step"])
         assert len(report.drafted_tokens(item)) == item["tokens"] == len(item["token_texts"])
         assert report.accepted_lengths([item]) == item["accepted"]

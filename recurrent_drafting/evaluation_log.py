@@ -1,0 +1,138 @@
+"""What an evaluation has finished, on disk: appended as it goes, so that a run that was cut off can go on.
+
+The first line says what the run is made of; every other line is a finished batch, or the start of a
+further session. A last line that was torn by a kill is dropped.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from recurrent_drafting.errors import DataError, ModelError, UsageError
+
+_SUFFIX = ".progress.jsonl"
+
+
+def path_for(output: Path) -> Path:
+    """Return where the progress of a run is kept, from where its results go."""
+    return output.with_name(output.name + _SUFFIX)
+
+
+class EvaluationLog:
+    """The open log of one run.
+
+    Args:
+        path: of the log, for messages.
+        file: open for reading and appending, locked.
+        identity: what the run is made of, as JSON gives it back.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO, identity: dict[str, Any]) -> None:
+        self.path = path
+        self._file = file
+        lines = self._whole_lines()
+        self.entries: list[dict[str, Any]] = [line["batch"] for line in lines if "batch" in line]
+        self._curve: dict[str, Any] | None = next((line["curve"] for line in lines if "curve" in line), None)
+        self.sessions = 1 + sum("session" in line for line in lines)
+        self.identity = identity
+        if not lines:
+            self._write({"identity": identity})
+            return
+        self.identity = self._require_same(lines[0], identity)
+        self._write({"session": self.sessions + 1})
+        self.sessions += 1
+
+    def append(self, batch: dict[str, Any]) -> None:
+        """Keep a finished batch."""
+        self._write({"batch": batch})
+        self.entries.append(batch)
+
+    def first_curve(self, curve: dict[str, Any]) -> dict[str, Any]:
+        """Return the latency curve of the first session; it is this one if none is kept yet."""
+        if self._curve is None:
+            self._curve = curve
+            self._write({"curve": curve})
+        return self._curve
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _whole_lines(self) -> list[dict[str, Any]]:
+        self._file.seek(0)
+        raw = self._file.read()
+        whole = raw[: raw.rfind(b"\n") + 1]
+        if len(whole) < len(raw):
+            self._file.truncate(len(whole))
+        lines = []
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                lines.append(json.loads(line))
+            except ValueError as error:
+                raise self._foreign(f"line {number} is no JSON: {error}") from error
+        if lines and not (isinstance(lines[0], dict) and "identity" in lines[0]):
+            raise self._foreign("its first line names no run")
+        return lines
+
+    def _foreign(self, reason: str) -> DataError:
+        return DataError(f"{self.path} is no progress of an evaluation: {reason}; delete it to begin anew")
+
+    def _require_same(self, first: Mapping[str, Any], identity: dict[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = first["identity"]
+        changed = differences(found, json.loads(json.dumps(identity)))
+        if changed:
+            raise ModelError(
+                f"{self.path} holds {len(self.entries)} finished batches of a run with {'; '.join(changed)}; repeat "
+                "those settings to go on, or delete the file to begin anew"
+            )
+        return found
+
+
+@contextmanager
+def opened(path: Path, identity: dict[str, Any]) -> Iterator[EvaluationLog]:
+    """Open the log of a run, new or begun; the lock goes with the block.
+
+    Args:
+        path: see ``path_for``.
+        identity: everything that decides what the run measures.
+
+    Raises:
+        UsageError: the path cannot be written, or another run holds it.
+        DataError: the file is something else.
+        ModelError: it is of a run with other settings; the differences are named.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+b")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}; name another --output_file") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{path} is in use by another run; wait for it, or name another --output_file") from None
+        yield EvaluationLog(path, file, identity)
+
+
+def differences(found: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return what differs between two nested records, one text for each value."""
+    before, after = dict(_flat(found)), dict(_flat(now))
+    names = dict.fromkeys([*before, *after])
+    return [
+        f"{name} {before.get(name)!r}, now {after.get(name)!r}" for name in names if before.get(name) != after.get(name)
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
