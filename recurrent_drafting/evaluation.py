@@ -36,7 +36,7 @@ from recurrent_drafting.evaluation_log import EvaluationLog
 from recurrent_drafting.latency_cache import latency_table, processor
 from recurrent_drafting.lossless import LosslessReport
 from recurrent_drafting.metrics import DecodingStats
-from recurrent_drafting.tree_budget import LatencyTable
+from recurrent_drafting.tree_budget import LatencyCurve, LatencyTable
 from recurrent_drafting.verifier import Verifier
 
 _TURNS_PER_QUESTION = 16
@@ -325,7 +325,7 @@ class Evaluation:
         with tqdm(total=total, desc="evaluation", unit="prompt") as bar:
             for finished in done:
                 self._take(finished, rows, bar)
-            self._share_latency_curve(log)
+            self._share_latency_curves(log)
             if len(done) < len(batches):
                 self._warm_up(questions[0])
             for batch in batches[len(done) :]:
@@ -364,13 +364,18 @@ class Evaluation:
             "machine": machine(),
         }
 
-    def _share_latency_curve(self, log: EvaluationLog | None) -> None:
-        """Choose tree sizes by one curve in all sessions: it is a setting that was measured."""
+    def _share_latency_curves(self, log: EvaluationLog | None) -> None:
+        """Choose tree sizes by the same curves in all sessions: they are a setting that was measured."""
         decoder = self._speculative
-        if log is None or decoder is None or decoder.latency is None:
+        if log is None or decoder is None or not isinstance(decoder.latency, LatencyTable):
             return
-        curve = log.first_curve(asdict(decoder.latency))
-        decoder.latency = LatencyCurve(tuple(curve["nodes"]), tuple(curve["seconds"]), curve["depth_seconds"])
+        curves = log.first_curves({str(rows): asdict(curve) for rows, curve in decoder.latency.curves.items()})
+        decoder.latency = LatencyTable(
+            {
+                int(rows): LatencyCurve(tuple(curve["nodes"]), tuple(curve["seconds"]), curve["depth_seconds"])
+                for rows, curve in curves.items()
+            }
+        )
 
     def _warm_up(self, question: Question) -> None:
         prompt, _ = self._encode([{"role": "user", "content": question.turns[0]}])

@@ -38,7 +38,7 @@ class EvaluationLog:
         self._file = file
         lines = self._whole_lines()
         self.entries: list[dict[str, Any]] = [line["batch"] for line in lines if "batch" in line]
-        self._curve: dict[str, Any] | None = next((line["curve"] for line in lines if "curve" in line), None)
+        self._curves: dict[str, Any] | None = next((line["curves"] for line in lines if "curves" in line), None)
         self.sessions = 1 + sum("session" in line for line in lines)
         self.identity = identity
         if not lines:
@@ -53,12 +53,12 @@ class EvaluationLog:
         self._write({"batch": batch})
         self.entries.append(batch)
 
-    def first_curve(self, curve: dict[str, Any]) -> dict[str, Any]:
-        """Return the latency curve of the first session; it is this one if none is kept yet."""
-        if self._curve is None:
-            self._curve = curve
-            self._write({"curve": curve})
-        return self._curve
+    def first_curves(self, curves: dict[str, Any]) -> dict[str, Any]:
+        """Return the latency curves of the first session; they are these if none are kept yet."""
+        if self._curves is None:
+            self._curves = curves
+            self._write({"curves": curves})
+        return self._curves
 
     def _write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")

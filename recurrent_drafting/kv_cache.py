@@ -32,7 +32,8 @@ class _LayerView(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append the new states ``[B, heads, n, dim]`` and return all of them, ``[B, heads, S, dim]``."""
-        return self._cache.append(self._layer_index, key_states, value_states)
+        found: tuple[Tensor, Tensor] = self._cache.append(self._layer_index, key_states, value_states)
+        return found
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the number of key slots of a forward over ``query_length`` tokens and their offset."""
@@ -80,7 +81,7 @@ class VerifierCache(Cache):
         return max(self.lengths, default=0)
 
     # Lengths change with every step: a compiled base would be compiled anew each time.
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def append(self, layer_index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write new entries behind each row's length; the lengths stay until ``keep``.
 

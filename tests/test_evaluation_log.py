@@ -14,11 +14,12 @@ import generate_speculator
 from recurrent_drafting import Drafter, SpeculativeDecoder, evaluation, evaluation_log
 from recurrent_drafting.errors import DataError, ModelError, UsageError
 from recurrent_drafting.evaluation import Question, RunSettings
-from recurrent_drafting.tree_budget import LatencyCurve
+from recurrent_drafting.tree_budget import LatencyCurve, LatencyTable
 from tests.text_models import load_verifier, make_tokenizer, save_base, save_drafter, save_questions
 
 SETTINGS = RunSettings(base_model="base", speculator_path="drafter", max_new_tokens=12, turns=2)
 CURVE = LatencyCurve((1, 4, 41), (0.01, 0.02, 0.04), 0.001)
+TABLE = LatencyTable({1: CURVE})
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> SpeculativeDecoder:
     folder = tmp_path_factory.mktemp("models")
     base = save_base(folder / "base")
     drafter = Drafter.from_pretrained(save_drafter(folder / "drafter", base))
-    return SpeculativeDecoder(load_verifier(base, "fp64"), drafter, latency=CURVE)
+    return SpeculativeDecoder(load_verifier(base, "fp64"), drafter, latency=TABLE)
 
 
 @pytest.fixture
@@ -132,7 +133,7 @@ def test_other_settings_are_refused_by_name(
         run(decoder, questions[:3], path)
     with pytest.raises(ModelError, match=r"with decoders \['baseline', 'speculative'\], now \['speculative'\]; repeat"):
         evaluation.run_speculative(decoder, make_tokenizer(), questions, SETTINGS, path)
-    retrained = SpeculativeDecoder(decoder.verifier, decoder.drafter, decoder.beam, latency=CURVE)
+    retrained = SpeculativeDecoder(decoder.verifier, decoder.drafter, decoder.beam, latency=TABLE)
     next(retrained.drafter.parameters()).data.add_(1.0)
     with pytest.raises(ModelError, match=r"with drafter '[0-9a-f]{12}', now"):
         run(retrained, questions, path)
@@ -140,13 +141,16 @@ def test_other_settings_are_refused_by_name(
     assert path.read_bytes() == before
 
 
-def test_tree_sizes_follow_one_latency_curve(
+def test_tree_sizes_follow_the_curves_of_the_first_session(
     decoder: SpeculativeDecoder, questions: list[Question], tmp_path: Path
 ) -> None:
     path = tmp_path / "p.jsonl"
     interrupt(decoder, questions, path, SETTINGS, after=5)
     other = SpeculativeDecoder(
-        decoder.verifier, decoder.drafter, decoder.beam, latency=LatencyCurve((1, 41), (0.01, 9.0), 0.001)
+        decoder.verifier,
+        decoder.drafter,
+        decoder.beam,
+        latency=LatencyTable({1: LatencyCurve((1, 41), (0.01, 9.0), 0.001)}),
     )
     record = run(other, questions, path)
     assert record["settings"]["latency_curve"]["nodes"] == CURVE.nodes
