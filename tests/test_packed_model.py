@@ -94,9 +94,12 @@ def test_a_drafter_that_is_still_trained_is_packed_anew() -> None:
         for own, new in zip(drafter.parameters(), other.parameters(), strict=True):
             own.copy_(new)
     got = decoder.generate(PROMPTS, max_new_tokens=24, eos_token_ids=()).steps
-    assert got == SpeculativeDecoder(verifier, other, decoder.beam).generate(
-        PROMPTS, max_new_tokens=24, eos_token_ids=()
-    ).steps
+    assert (
+        got
+        == SpeculativeDecoder(verifier, other, decoder.beam)
+        .generate(PROMPTS, max_new_tokens=24, eos_token_ids=())
+        .steps
+    )
 
 
 def test_what_cannot_be_packed_is_its_own_twin(monkeypatch: pytest.MonkeyPatch) -> None:
