@@ -339,8 +339,6 @@ SHAPES: list[tuple[dict[str, Any], dict[str, Any], float]] = [
     ({"max_nodes": None}, {"latency": LatencyCurve((1, 3), (1.0, 100.0))}, 1),
     ({"max_nodes": None}, {"latency": LatencyCurve((1, 5), (1.0, 1.0))}, 5),
     ({"max_nodes": 4}, {"latency": LatencyCurve((1, 5), (1.0, 1.0))}, 4),
-    # The first depth pays, a second one cannot: 3 beams and the root.
-    ({"max_nodes": None}, {"latency": LatencyCurve((1, 13), (1.0, 1.0), depth_seconds=0.9)}, 4),
     # A depth costs more than all its tokens are worth: nothing is drafted.
     ({"max_nodes": None}, {"latency": LatencyCurve((1, 13), (1.0, 1.0), depth_seconds=1e9)}, 1),
     ({"max_nodes": None}, {"latency": LatencyCurve((1, 13), (1.0, 1.0), depth_seconds=0.0)}, 13),
@@ -356,6 +354,20 @@ def test_tree_budget_sets_the_nodes_but_not_the_text(
     output = decoder.generate(PROMPTS[:3], max_new_tokens=12, sampling=sampling, eos_token_ids=())
     assert output.sequences == free_text(llama, PROMPTS[:3], 12, sampling)
     assert output.stats.mean_nodes == nodes
+
+
+def test_decoder_says_once_that_drafting_does_not_pay_and_goes_on_as_the_baseline(
+    llama: Verifier, caplog: pytest.LogCaptureFixture
+) -> None:
+    costly = LatencyCurve((1, 13), (1.0, 50.0), depth_seconds=50.0)
+    decoder = SpeculativeDecoder(llama, make_drafter(llama), BeamConfig(width=3, length=4), latency=costly)
+    for _ in range(2):
+        output = decoder.generate(PROMPTS[:3], max_new_tokens=12, eos_token_ids=())
+        assert output.sequences == free_text(llama, PROMPTS[:3], 12, GREEDY)
+        assert output.stats.mean_nodes == output.stats.tau == 1
+    assert [record.message.split(":")[0] for record in caplog.records] == [
+        "drafting does not pay here (3 rows at a time)"
+    ]
 
 
 # --- counters and streaming ---

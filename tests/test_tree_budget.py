@@ -10,7 +10,7 @@ import torch
 
 from recurrent_drafting import BeamConfig, Verifier
 from recurrent_drafting.draft_tree import Beams, DraftTree
-from recurrent_drafting.tree_budget import NODE_COUNTS, LatencyCurve
+from recurrent_drafting.tree_budget import NODE_COUNTS, DraftBudget, LatencyCurve, LatencyTable, batch_sizes
 from tests.tiny import CONFIGS, make_drafter, make_verifier
 
 
@@ -151,3 +151,107 @@ def test_only_drafted_depths_are_charged() -> None:
     beams = Beams(tokens, torch.zeros_like(tokens), torch.tensor([[[0.5, 0.1]]]).log())
     assert LatencyCurve((1, 2, 3), (1.0, 1.3, 1.5), depth_seconds=1.0).best_nodes(beams.log_probs) == 2
     assert LatencyCurve((1, 2, 3), (1.0, 1.3, 1.5), depth_seconds=10.0).best_nodes(beams.log_probs) == 3
+
+
+# --- whether to draft at all ---
+
+CHEAP = LatencyCurve((1, 2, 4), (1.0, 1.1, 1.2), depth_seconds=0.1)
+SURE = torch.tensor([[[0.9, 0.05]]]).log()
+DOUBTFUL = torch.tensor([[[0.02, 0.01]]]).log()
+
+
+def make_budget(curve: LatencyCurve = CHEAP, max_nodes: int = 4) -> DraftBudget:
+    return DraftBudget(LatencyTable({1: curve}), BeamConfig(width=2, length=1), max_nodes)
+
+
+def drafted_steps(budget: DraftBudget, log_probs: torch.Tensor, accepted: int, steps: int) -> list[int]:
+    """Return which of some steps drafted."""
+    drafted = []
+    for step in range(steps):
+        if budget.wants_draft(1):
+            budget.choose(log_probs)
+            budget.record(accepted)
+            drafted.append(step)
+    return drafted
+
+
+@pytest.mark.parametrize(
+    ("curve", "length", "max_nodes", "pays"),
+    [
+        (CHEAP, 1, 4, True),  # 2 tokens in 1.2 steps
+        (CHEAP, 1, 1, False),  # no room for a drafted token
+        (LatencyCurve((1, 2), (1.0, 1.8), 0.2), 1, 2, False),  # 2 tokens in 2 steps
+        (LatencyCurve((1, 2), (1.0, 1.8), 0.19), 1, 2, True),
+        (LatencyCurve((1, 5), (1.0, 1.5), 0.3), 1, 2, True),  # a tree of 2 costs at most what 5 cost
+        (LatencyCurve((1, 5), (1.0, 2.0), 0.4), 1, 5, False),  # a single depth does not pay ...
+        (LatencyCurve((1, 5), (1.0, 2.0), 0.4), 4, 5, True),  # ... four do: 5 tokens in 3.6 steps
+    ],
+)
+def test_drafting_can_pay_if_full_acceptance_beats_the_baseline(
+    curve: LatencyCurve, length: int, max_nodes: int, pays: bool
+) -> None:
+    assert curve.can_pay(length, max_nodes) is pays
+
+
+def test_what_cannot_pay_is_never_drafted() -> None:
+    budget = make_budget(LatencyCurve((1, 2, 4), (1.0, 2.0, 4.0), depth_seconds=0.5))
+    assert drafted_steps(budget, SURE, 1, 50) == []
+    assert budget.hopeless
+
+
+def test_a_draft_that_pays_never_pauses() -> None:
+    budget = make_budget()
+    assert drafted_steps(budget, SURE, 1, 200) == list(range(200))
+    assert not budget.hopeless
+
+
+def test_a_draft_that_does_not_pay_is_tried_ever_more_rarely_and_costs_less_than_three_per_cent() -> None:
+    """Each doubtful draft costs about a tenth of a step: 16 bring the loss to the limit, then trials follow pauses."""
+    budget = make_budget()
+    drafted = drafted_steps(budget, DOUBTFUL, 0, 1000)
+    gaps = [after - before - 1 for before, after in itertools.pairwise(drafted) if after - before > 1]
+    assert gaps == [16, 32, 64, 128, 256, 256]
+    assert budget.hopeless
+    assert len(drafted) * CHEAP.depth_seconds < 0.03 * 1000
+
+
+def test_a_drafter_that_promises_too_much_is_found_out() -> None:
+    """Its probabilities promise a gain; none of its tokens is accepted."""
+    budget = make_budget()
+    drafted = drafted_steps(budget, SURE, 0, 400)
+    assert len(drafted) < 120
+    assert budget.calibration < 0.25
+
+
+def test_drafting_comes_back_when_it_pays_again() -> None:
+    budget = make_budget()
+    drafted_steps(budget, DOUBTFUL, 0, 40)
+    assert drafted_steps(budget, SURE, 1, 200)[-100:] == list(range(100, 200))
+
+
+def test_calibration_is_the_ratio_of_accepted_to_predicted_tokens() -> None:
+    budget = make_budget()
+    assert budget.calibration == 1
+    for _ in range(1000):
+        budget.choose(SURE)
+        budget.record(0 if _ % 2 else 1)
+    # Half a token a step where the chosen tree promised 0.9, 0.95 or 1: the prior of 8 tokens hardly weighs.
+    assert 0.49 < budget.calibration < 0.57
+    without_a_choice = budget.calibration
+    budget.record(5)
+    assert budget.calibration == without_a_choice
+
+
+def test_calibration_scales_what_is_expected() -> None:
+    curve = LatencyCurve((1, 2, 3), (1.0, 1.3, 2.0))
+    beams = torch.tensor([[[0.5, 0.4]]]).log()
+    assert curve.best_nodes(beams) == 2  # 1.5 / 1.3 beats 1 / 1 and 1.9 / 2
+    assert curve.best_nodes(beams, 0.5) == 1  # 1.25 / 1.3
+    assert curve.best_nodes(beams, 6.0) == 2  # no probability rises above 1: 2 / 1.3 beats 3 / 2
+
+
+def test_a_table_answers_with_the_smallest_batch_that_holds_the_rows() -> None:
+    curves = {rows: LatencyCurve((1,), (float(rows),)) for rows in (1, 2, 4)}
+    table = LatencyTable(curves)
+    assert [table.at(rows).seconds[0] for rows in (1, 2, 3, 4, 9)] == [1, 2, 4, 4, 4]
+    assert [batch_sizes(rows) for rows in (1, 2, 3, 8, 9)] == [[1], [1, 2], [1, 2, 4], [1, 2, 4, 8], [1, 2, 4, 8, 16]]
