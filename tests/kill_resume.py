@@ -4,9 +4,10 @@ One run is left alone. Every round starts the same run in a process of its own, 
 a random moment (every second round while a checkpoint is being written), and resumes it with
 ``--resume_from_checkpoint True`` until it has ended by itself; half of the rounds are killed again
 while resuming. A round counts if the final weights, and the last checkpoint's optimizer, scheduler and
-random state, are those of the run that was left alone.
+random state, are those of the run that was left alone. ``--in_save N`` goes on aiming at saves until N
+kills have left a half-written checkpoint behind, and fails if fewer did.
 
-    python -m tests.kill_resume [--rounds N] [--seed N]
+    python -m tests.kill_resume [--rounds N] [--in_save N] [--seed N]
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Round:
     """What happened: the moments of the kills, in words, and whether the drafter is the same."""
 
     kills: list[str] = field(default_factory=list)
+    in_save: int = 0
     same: bool = False
     seconds: float = 0.0
 
@@ -134,12 +136,14 @@ def play(bench: Bench, output: Path, rng: random.Random, during_save: bool) -> R
             reached = (output / PARTIAL / f"checkpoint-{min(step + 1, STEPS)}").exists
         else:
             reached = (output / f"checkpoint-{step}" if step else output / LOCK).exists
-        killed = kill_at(bench.start(output), reached, rng.uniform(0, 0.01 if during_save else 0.1))
+        # A save of this run takes some milliseconds, most of them in the sync of its files.
+        killed = kill_at(bench.start(output), reached, rng.uniform(0, 0.004 if during_save else 0.1))
         left = [path.name for path in output.glob(f"{PARTIAL}/*")]
         moment = f"step {max((step for step, _ in checkpoints(output)), default=0)}"
         result.kills.append((moment + "".join(f" in {name}" for name in left)) if killed else "its end")
         if not killed:
             break
+        result.in_save += bool(left)
     else:
         finish(bench.start(output))
     result.same, result.seconds = bench.same(output), time.perf_counter() - start
@@ -154,22 +158,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Play the rounds; return 0 if every one gave the same drafter."""
     parser = argparse.ArgumentParser(description="Kill training runs at random moments and resume them.")
     parser.add_argument("--rounds", type=int, default=20, help="(default %(default)s)")
+    parser.add_argument("--in_save", type=int, default=0, help="kills that must hit a save (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default %(default)s)")
     args = parser.parse_args(argv)
-    same = 0
+    same = in_save = 0
     with tempfile.TemporaryDirectory(prefix="kill-resume-") as scratch:
         bench = Bench(Path(scratch))
         for number in range(args.rounds):
             output = Path(scratch) / "killed"
-            result = play(bench, output, random.Random(f"{args.seed}/{number}"), during_save=number % 2 == 1)
-            same += result.same
+            # Every second round aims at a save, and all of them once the wanted number needs them.
+            aims = number % 2 == 1 or args.in_save - in_save >= args.rounds - number
+            result = play(bench, output, random.Random(f"{args.seed}/{number}"), during_save=aims)
+            same, in_save = same + result.same, in_save + result.in_save
             verdict = "same bits" if result.same else "DIFFERENT"
             print(
                 f"round {number + 1}: killed at {'; '.join(result.kills)}: {verdict} {result.seconds:.1f} s", flush=True
             )
             shutil.rmtree(output)
-    print(f"{same} of {args.rounds}")
-    return int(same < args.rounds or not args.rounds)
+    print(f"{same} of {args.rounds}, {in_save} kills inside a save")
+    return int(same < args.rounds or not args.rounds or in_save < args.in_save)
 
 
 if __name__ == "__main__":

@@ -196,5 +196,5 @@ def test_a_signal_ends_a_process_in_good_order(models: Models, chats: str, numbe
 
 @pytest.mark.slow
 def test_kill_9_inside_a_save_loses_nothing(capsys: Capture) -> None:
-    assert kill_resume.main(["--rounds", "1", "--in_save", "1.0"]) == 0
+    assert kill_resume.main(["--rounds", "1"]) == 0
     assert "1 of 1" in capsys.readouterr().out
