@@ -357,7 +357,8 @@ class Chat:
                 f"{window}: shorten it; the conversation is unchanged"
             )
         if dropped:
-            self._terminal.line(f"({dropped} oldest turns dropped to fit the context window of {window} tokens)")
+            turns = "turns" if dropped > 1 else "turn"
+            self._terminal.line(f"({dropped} oldest {turns} dropped to fit the context window of {window} tokens)")
         return history, prompt
 
     def _reset(self, _: str) -> None:

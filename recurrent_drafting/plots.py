@@ -140,7 +140,7 @@ def lines(series: Sequence[Line], *, x_label: str, spec: str = ".2f") -> str:
     xs, ys = [x for x, _ in points], [y for _, y in points]
     x_marks = _marks(min(xs), max(xs), 5)
     y_marks = _marks(min(0.0, *ys), max(ys), 4)
-    left = max(len(number(mark, spec)) for mark in y_marks) * _LETTER + 10
+    left = max(len(number(mark, spec)) for mark in y_marks) * _LETTER + 16  # "%" is broad
 
     def at(x: float, y: float) -> tuple[float, float]:
         across = (x - x_marks[0]) / (x_marks[-1] - x_marks[0])

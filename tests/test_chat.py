@@ -180,7 +180,7 @@ def test_old_turns_leave_a_full_window(decoders: Any) -> None:
     session, output = make_chat(decoders)
     for index in range(5):
         session.handle(f"message number {index} of some length")
-    assert "oldest turns dropped" in output.getvalue()
+    assert "(1 oldest turn dropped to fit the context window of 160 tokens)" in output.getvalue()
     assert session.messages[0]["role"] == "user"
     assert session.messages[-2]["content"].startswith("message number 4")
     assert "error" not in output.getvalue()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from recurrent_drafting.detokenizer import BROKEN
 from tests import chat_session
 from tests.chat_session import CTRL_C, FIGURES, GREEN, PROMPT, ROOT, TerminalChat
 
@@ -30,15 +30,13 @@ def test_twelve_turns_with_every_command(arguments: list[str], tmp_path: Path) -
     assert (session.code, len(session.replies)) == (0, 12)
     answered = [reply for number, reply in enumerate(session.replies, 1) if number != 10]
     assert all(FIGURES.search(reply) for reply in answered)
-    taus = [bool(FIGURES.search(reply).group(2)) for reply in answered]  # type: ignore[union-attr]
-    assert taus == [number != 4 or None for number in range(1, 12)] or taus[3]  # the baseline takes one a step
     # A legend at the start; drafted tokens are coloured, those of the baseline are not.
     assert f"{GREEN}drafted tokens{chat_session.PLAIN}, the base's own tokens" in session.transcript
     assert any(GREEN in reply for reply in session.replies[:3]) and GREEN not in session.replies[3]
-    assert BROKEN not in session.transcript and "Traceback" not in session.transcript
+    assert "Traceback" not in session.transcript
     assert "(stopped)" in session.replies[7] and int(FIGURES.search(session.replies[7])[1]) < 48  # type: ignore[index]
     assert "context window is 600" in session.replies[9] and "conversation is unchanged" in session.replies[9]
-    assert any("oldest turns dropped" in reply for reply in session.replies)
+    assert any("oldest turn" in reply and "dropped to fit" in reply for reply in session.replies)
     shown = session.commands
     assert all(name in shown["/help"] for name in ("/reset", "/stats", "/temperature", "/speculation", "/save"))
     assert "2 replies" in shown["/stats"] and "speculation on" in shown["/stats"]
@@ -47,6 +45,9 @@ def test_twelve_turns_with_every_command(arguments: list[str], tmp_path: Path) -
     assert "conversation forgotten" in shown["/reset"]
     asked = [message["content"] for message in session.saved if message["role"] == "user"]
     assert asked[-1] == "Still there?"
+    # What was shown is what was kept, character by character.
+    shown_text = re.sub(r"\x1b\[\d*m", "", session.transcript).replace("\r\n", "\n")
+    assert all(message["content"] in shown_text for message in session.saved if message["role"] == "assistant")
     everything = "\n".join(message["content"] for message in session.saved)
     assert [message["role"] for message in session.saved] == ["user", "assistant"] * len(asked)
     assert "fenced one\nfenced two" in everything and "Tell me a long story.\nGo on." in everything
