@@ -1,6 +1,6 @@
 """Other layouts of a drafter's files, out and in; what a layout cannot hold is refused with the reason.
 
-Run as ``python -m recurrent_drafting.checkpoint export|import --format apple FROM TO``.
+Run as ``python -m recurrent_drafting.checkpoint export|import --format apple|speculators FROM TO``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from recurrent_drafting import cli
-from recurrent_drafting.checkpoint import CONFIG, WEIGHTS, load_drafter, save_drafter
+from recurrent_drafting.checkpoint import CONFIG, WEIGHTS, config_fields, load_drafter, save_drafter
 from recurrent_drafting.config import RecurrentDraftingConfig
 from recurrent_drafting.drafter import Drafter
 from recurrent_drafting.errors import ModelError, UsageError
@@ -29,6 +29,14 @@ _APPLE_KEYS = ("vocab_size", "hidden_size", "exit_dim", "num_draft_layers", "rnn
 _LOOKBACK = "num_lookback_tokens"
 _UNSET = -1
 _METADATA = {"format": "pt"}
+# The layout of the speculators library: its discriminator of our algorithm, and the version it was written for.
+SPECULATORS_TYPE = "recurrent_drafting"
+SPECULATORS_VERSION = "0.9.0"
+SPECULATORS_ARCHITECTURE = "RecurrentDraftingSpeculator"
+_GREEDY = "greedy"
+# Target token = draft token + offset, as int64 [V_d]; which target tokens can be drafted, as bool [V].
+_OFFSETS, _MASK = "d2t", "t2d"
+_SPECULATORS_KEYS = ("hidden_size", "vocab_size", "exit_dim", "num_draft_layers", "rnn", "draft_vocab_size")
 
 
 def export_apple(drafter: Drafter, directory: Path) -> None:
@@ -52,7 +60,7 @@ def export_apple(drafter: Drafter, directory: Path) -> None:
     names = _apple_names(config)
     _make_empty(directory)
     save_file({names[name]: tensor.contiguous() for name, tensor in tensors.items()}, directory / WEIGHTS, _METADATA)
-    (directory / CONFIG).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _write_config(directory, record)
 
 
 def import_apple(directory: Path) -> Drafter:
@@ -62,29 +70,73 @@ def import_apple(directory: Path) -> Drafter:
         ModelError: missing, damaged, or not what its config declares.
     """
     config = _apple_config(directory / CONFIG)
-    names = _apple_names(config)
-    found = _tensors(directory / WEIGHTS)
-    if found.keys() != set(names.values()):
-        missing, surplus = sorted(set(names.values()) - found.keys()), sorted(found.keys() - set(names.values()))
-        raise ModelError(
-            f"{directory / WEIGHTS} is not Apple's layout: missing {missing or 'nothing'}, unexpected "
-            f"{surplus or 'nothing'}; a drafter of this package needs no import"
-        )
-    with torch.device("meta"):
-        drafter = Drafter(config)
-    shapes = {name: tensor.shape for name, tensor in drafter.state_dict().items()}
-    tensors = {name: found[theirs] for name, theirs in names.items()}
-    for name, tensor in tensors.items():
-        if tensor.shape != shapes[name]:
-            raise ModelError(
-                f"{directory / WEIGHTS}: expected {names[name]} of shape {list(shapes[name])} by {CONFIG}, got "
-                f"{list(tensor.shape)}; export the drafter again"
-            )
-        if not bool(torch.isfinite(tensor).all()):
-            raise ModelError(f"{directory / WEIGHTS}: {names[name]} holds NaN or infinity; export the drafter again")
-    tensors["draft_token_ids"] = torch.arange(config.vocab_size)
-    drafter.load_state_dict(tensors, assign=True)
-    return drafter
+    tensors = _our_tensors(config, _apple_names(config), _tensors(directory / WEIGHTS, "Apple's"), directory / WEIGHTS)
+    return _assemble(config, {**tensors, "draft_token_ids": torch.arange(config.vocab_size)})
+
+
+def export_speculators(drafter: Drafter, directory: Path) -> None:
+    """Write a drafter in the layout of the speculators library.
+
+    Its proposal methods know a greedy chain alone: beams go along as settings that it does not read.
+
+    Args:
+        drafter: the drafter.
+        directory: new or empty.
+
+    Raises:
+        UsageError: the directory holds something.
+    """
+    config, ids = drafter.config, drafter.draft_token_ids
+    names = _speculators_names(config)
+    tensors = drafter.state_dict()
+    written = {names[name]: tensors[name].contiguous() for name in names}
+    if len(ids) < config.vocab_size:
+        mask = torch.zeros(config.vocab_size, dtype=torch.bool, device=ids.device)
+        mask[ids] = True
+        written |= {_OFFSETS: ids - torch.arange(len(ids), device=ids.device), _MASK: mask}
+    _make_empty(directory)
+    save_file(written, directory / WEIGHTS, _METADATA)
+    _write_config(directory, speculators_record(drafter))
+
+
+def speculators_record(drafter: Drafter) -> dict[str, Any]:
+    """Return the ``config.json`` of a drafter in the layout of the speculators library."""
+    config = drafter.config
+    chain = {
+        "proposal_type": _GREEDY,
+        "speculative_tokens": config.beam_length,
+        "verifier_accept_k": 1,
+        "accept_tolerance": 0.0,
+    }
+    verifier = {"name_or_path": config.verifier_name_or_path, "architectures": _architectures(config)}
+    return {
+        **{key: value for key, value in config_fields(config).items() if key != "verifier_name_or_path"},
+        "draft_vocab_size": len(drafter.draft_token_ids),
+        "dtype": str(drafter.dtype).removeprefix("torch."),
+        "architectures": [SPECULATORS_ARCHITECTURE],
+        "speculators_model_type": SPECULATORS_TYPE,
+        "speculators_version": SPECULATORS_VERSION,
+        "speculators_config": {
+            "algorithm": SPECULATORS_TYPE,
+            "proposal_methods": [chain],
+            "default_proposal_method": _GREEDY,
+            "verifier": verifier,
+        },
+    }
+
+
+def import_speculators(directory: Path) -> Drafter:
+    """Read a drafter from the layout of the speculators library.
+
+    Raises:
+        ModelError: missing, damaged, not what its config declares, or of another algorithm.
+    """
+    path = directory / WEIGHTS
+    config = _speculators_config(directory / CONFIG)
+    found = _tensors(path, "the speculators library's")
+    ids = _draft_token_ids(config, found.pop(_OFFSETS, None), found.pop(_MASK, None), path)
+    tensors = _our_tensors(config, _speculators_names(config), found, path)
+    return _assemble(config, {**tensors, "draft_token_ids": ids})
 
 
 class Format(NamedTuple):
@@ -94,7 +146,55 @@ class Format(NamedTuple):
     read: Callable[[Path], Drafter]
 
 
-FORMATS = {"apple": Format(export_apple, import_apple)}
+FORMATS = {
+    "apple": Format(export_apple, import_apple),
+    "speculators": Format(export_speculators, import_speculators),
+}
+
+
+def _write_config(directory: Path, record: dict[str, Any]) -> None:
+    (directory / CONFIG).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _our_tensors(
+    config: RecurrentDraftingConfig, names: dict[str, str], found: dict[str, Tensor], path: Path
+) -> dict[str, Tensor]:
+    """Give a layout's tensors our names; all of them, of the right shapes, finite.
+
+    Args:
+        config: the drafter's shape.
+        names: our names to the layout's.
+        found: by the layout's names.
+        path: of the file, for messages.
+
+    Raises:
+        ModelError: they are not those.
+    """
+    if found.keys() != set(names.values()):
+        missing, surplus = sorted(set(names.values()) - found.keys()), sorted(found.keys() - set(names.values()))
+        raise ModelError(
+            f"{path} is not the layout asked for: missing {missing or 'nothing'}, unexpected "
+            f"{surplus or 'nothing'}; a drafter of this package needs no import"
+        )
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in Drafter(config).state_dict().items()}
+    tensors = {name: found[theirs] for name, theirs in names.items()}
+    for name, tensor in tensors.items():
+        if tensor.shape != shapes[name]:
+            raise ModelError(
+                f"{path}: expected {names[name]} of shape {list(shapes[name])} by {CONFIG}, got "
+                f"{list(tensor.shape)}; export the drafter again"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"{path}: {names[name]} holds NaN or infinity; export the drafter again")
+    return tensors
+
+
+def _assemble(config: RecurrentDraftingConfig, tensors: dict[str, Tensor]) -> Drafter:
+    with torch.device("meta"):
+        drafter = Drafter(config)
+    drafter.load_state_dict(tensors, assign=True)
+    return drafter
 
 
 def _apple_names(config: RecurrentDraftingConfig) -> dict[str, str]:
@@ -125,28 +225,102 @@ def _refuse_unless_apple_can(drafter: Drafter) -> None:
 
 
 def _apple_config(path: Path) -> RecurrentDraftingConfig:
+    record = _record(path)
+    missing = [key for key in _APPLE_KEYS if key not in record]
+    if record.get("model_type") != RecurrentDraftingConfig.model_type or missing:
+        raise ModelError(
+            f"{path} is no config of Apple's drafter: expected model_type {RecurrentDraftingConfig.model_type!r} and "
+            f"{', '.join(_APPLE_KEYS)}; got model_type {record.get('model_type')!r}, missing "
+            f"{', '.join(missing) or 'nothing'}"
+        )
+    return _config(path, record)
+
+
+def _speculators_names(config: RecurrentDraftingConfig) -> dict[str, str]:
+    """Map our tensors' names to those of the speculators layout: the head is its ``lm_head``."""
+    with torch.device("meta"):
+        names = Drafter(config).state_dict().keys() - {"draft_token_ids"}
+    return {name: "lm_head.weight" if name == "head.weight" else name for name in sorted(names)}
+
+
+def _speculators_config(path: Path) -> RecurrentDraftingConfig:
+    record = _record(path)
+    settings = record.get("speculators_config")
+    if record.get("speculators_model_type") != SPECULATORS_TYPE or not isinstance(settings, dict):
+        raise ModelError(
+            f"{path} is no recurrent drafter of the speculators library: expected speculators_model_type "
+            f"{SPECULATORS_TYPE!r} and a speculators_config, got {record.get('speculators_model_type')!r}; other "
+            "algorithms have other weights"
+        )
+    for method in settings.get("proposal_methods") or []:
+        if (method.get("verifier_accept_k", 1), method.get("accept_tolerance", 0)) != (1, 0):
+            raise ModelError(
+                f"{path}: proposal method {method.get('proposal_type')!r} accepts tokens that the verifier would not "
+                "pick (verifier_accept_k, accept_tolerance), and acceptance is exact here; set them to 1 and 0"
+            )
+    fields = {name: record[name] for name in RecurrentDraftingConfig.__annotations__ if name in record}
+    missing = [name for name in _SPECULATORS_KEYS if name not in fields]
+    if missing:
+        raise ModelError(f"{path}: missing {', '.join(missing)}; export the drafter again")
+    if fields["draft_vocab_size"] == fields["vocab_size"]:
+        fields["draft_vocab_size"] = None
+    verifier = settings.get("verifier") or {}
+    return _config(path, {**fields, "verifier_name_or_path": verifier.get("name_or_path")})
+
+
+def _draft_token_ids(
+    config: RecurrentDraftingConfig, offsets: Tensor | None, mask: Tensor | None, path: Path
+) -> Tensor:
+    """Return the target tokens that can be drafted, int64 ``[V_d]``, from the layout's two tables."""
+    size = config.draft_vocab_size
+    if size is None and offsets is None and mask is None:
+        return torch.arange(config.vocab_size)
+    if size is None or offsets is None or mask is None:
+        found = [name for name, table in ((_OFFSETS, offsets), (_MASK, mask)) if table is not None]
+        raise ModelError(
+            f"{path}: expected {'neither' if size is None else 'both'} of {_OFFSETS} and {_MASK} with draft_vocab_size "
+            f"{size or config.vocab_size} of {config.vocab_size}, got {', '.join(found) or 'none'}; export again"
+        )
+    ids = offsets.long() + torch.arange(len(offsets))
+    allowed = mask.nonzero().flatten()
+    if mask.shape != (config.vocab_size,) or ids.shape != (size,) or not ids.equal(allowed):
+        raise ModelError(
+            f"{path}: {_OFFSETS} {list(offsets.shape)} and {_MASK} {list(mask.shape)} do not name the same {size} of "
+            f"{config.vocab_size} tokens in rising order; export the drafter again"
+        )
+    return ids
+
+
+def _architectures(config: RecurrentDraftingConfig) -> list[str]:
+    """Return the classes that the verifier's own config names, if it is a local directory."""
+    path = Path(config.verifier_name_or_path or "") / CONFIG
+    if config.verifier_name_or_path is None or not path.is_file():
+        return []
+    return list(_record(path).get("architectures") or [])
+
+
+def _record(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path} does not read as JSON: {error}; expected Apple's drafter config") from error
-    kind = record.get("model_type") if isinstance(record, dict) else None
-    missing = [key for key in _APPLE_KEYS if not isinstance(record, dict) or key not in record]
-    if kind != RecurrentDraftingConfig.model_type or missing:
-        raise ModelError(
-            f"{path} is no config of Apple's drafter: expected model_type {RecurrentDraftingConfig.model_type!r} and "
-            f"{', '.join(_APPLE_KEYS)}; got model_type {kind!r}, missing {', '.join(missing) or 'nothing'}"
-        )
+        raise ModelError(f"{path} does not read as JSON: {error}; expected a config") from error
+    if not isinstance(record, dict):
+        raise ModelError(f"{path}: expected an object of settings, got {type(record).__name__}")
+    return record
+
+
+def _config(path: Path, record: dict[str, Any]) -> RecurrentDraftingConfig:
     try:
         return RecurrentDraftingConfig(**record)
     except UsageError as error:
         raise ModelError(f"{path}: {error}; export the drafter again") from error
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def _tensors(path: Path, whose: str) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path} does not load: {error}; expected Apple's weights as safetensors") from error
+        raise ModelError(f"{path} does not load: {error}; expected {whose} weights as safetensors") from error
 
 
 def _make_empty(directory: Path) -> None:

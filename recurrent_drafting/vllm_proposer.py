@@ -4,8 +4,8 @@ Serve with ``RECURRENT_DRAFTING_SPECULATOR=DIR vllm serve BASE --speculative-con
 ``{"model": "recurrent_drafting.vllm_proposer.RecurrentDraftingProposer", "num_speculative_tokens": 3}``.
 
 vLLM's interface for custom proposers hands over tokens, not hidden states. ``_EngineWatch`` is the only
-place that reaches around it; it is known to be right for the versions in ``KNOWN_VERSIONS``. Nothing else in
-the package imports vLLM.
+place that reaches around it; it is known to be right for the versions in ``KNOWN_VERSIONS``. One function of the
+engine is replaced where it is broken (``_mend_expansion``). Nothing else in the package imports vLLM.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ import numpy as np
 import torch
 import vllm
 from torch import Tensor, nn
+from vllm.v1.sample import rejection_sampler
 from vllm.v1.sample.rejection_sampler import RejectionSampler
+from vllm.v1.sample.sampler import Sampler
 
 from recurrent_drafting import assets, beam_search
 from recurrent_drafting.checkpoint import load_drafter
@@ -50,17 +52,20 @@ class _StepRecord:
 class _EngineWatch:
     """Note what vLLM's runner computes in a step and does not hand to custom proposers.
 
-    The first ``compute_logits`` of a step is the sampled rows'; prompt log-probabilities call it again. The
-    scheduler may trim drafts, so how many were verified is read from what the rejection sampler is given.
+    The sampled rows are those of the last ``compute_logits`` before a sampler ran: prompt log-probabilities call
+    it again afterwards. A forward marks no step, since a replayed CUDA graph runs none. The scheduler may trim
+    drafts, so how many were verified is read from what the rejection sampler is given.
 
     Args:
-        step: record of the current step; a forward of the model begins a new one.
+        step: record of the current step; a sampler begins a new one.
+        latest: input of the last ``compute_logits``.
     """
 
     step: _StepRecord = field(default_factory=_StepRecord)
+    latest: Tensor | None = None
 
     def attach(self, model: Any) -> None:
-        """Watch a model and the rejection sampler of this process.
+        """Watch a model and the samplers of this process.
 
         Raises:
             ModelError: this vLLM is none of the known ones.
@@ -70,27 +75,59 @@ class _EngineWatch:
                 f"vLLM {vllm.__version__} is not known to work with this proposer: expected "
                 f"{' or '.join(f'{version}.x' for version in KNOWN_VERSIONS)}; install one of them"
             )
-        model.register_forward_pre_hook(self._begin_step)
-        compute_logits = model.compute_logits
+        compute_logits, sample, reject = model.compute_logits, Sampler.forward, RejectionSampler.forward
 
         @functools.wraps(compute_logits)
         def watched_logits(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self.step.hidden is None:
-                self.step.hidden = hidden
+            self.latest = hidden
             return compute_logits(hidden, *args, **kwargs)
 
-        model.compute_logits = watched_logits
-        reject = RejectionSampler.forward
+        @functools.wraps(sample)
+        def watched_sample(sampler: Any, *args: Any, **kwargs: Any) -> Any:
+            self.step = _StepRecord(self.latest)
+            return sample(sampler, *args, **kwargs)
 
         @functools.wraps(reject)
         def watched_reject(sampler: Any, metadata: Any, *args: Any, **kwargs: Any) -> Any:
-            self.step.num_drafts = list(metadata.num_draft_tokens)
-            return reject(sampler, metadata, *args, **kwargs)
+            # It runs the other sampler for the last row of each request, so the record comes after it.
+            output = reject(sampler, metadata, *args, **kwargs)
+            self.step = _StepRecord(self.latest, list(metadata.num_draft_tokens))
+            return output
 
-        RejectionSampler.forward = watched_reject
+        model.compute_logits = watched_logits
+        Sampler.forward, RejectionSampler.forward = watched_sample, watched_reject
 
-    def _begin_step(self, *_: Any) -> None:
-        self.step = _StepRecord()
+
+def expand_batch_to_tokens(
+    x: Tensor, cu_num_tokens: Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+) -> Tensor:
+    """Repeat a value of each request for each of its draft tokens, as vLLM's function of this name.
+
+    Args:
+        x: ``[B]``.
+        cu_num_tokens: tokens up to and including each request, ``[B]``.
+        num_tokens: tokens of all requests together, T.
+        replace_from: a value that is replaced where it occurs.
+        replace_to: by this one.
+
+    Returns:
+        ``[T]``.
+    """
+    counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+    expanded = x.repeat_interleave(counts, output_size=num_tokens)
+    return expanded.masked_fill(expanded == replace_from, replace_to)
+
+
+def _mend_expansion(device: torch.device) -> None:
+    """Replace the engine's expansion of temperatures, top-k and top-p if it does not work.
+
+    vLLM 0.32 on a CPU without Triton writes it into a copy that is thrown away, so that the rejection sampler
+    divides by uninitialised memory: sampled text then has another distribution than the target's.
+    """
+    values, ends = torch.tensor([0.5, 2.0], device=device), torch.tensor([1, 3], device=device)
+    found = rejection_sampler.expand_batch_to_tokens(values, ends, 3)
+    if found.tolist() != [0.5, 2.0, 2.0]:
+        rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
 
 
 class RecurrentDraftingProposer:
@@ -106,6 +143,8 @@ class RecurrentDraftingProposer:
     def __init__(self, vllm_config: Any) -> None:
         self._length = int(vllm_config.speculative_config.num_speculative_tokens)
         self._max_model_len = int(vllm_config.model_config.max_model_len)
+        # Not that of a weight, which may be quantised.
+        self._dtype: torch.dtype = vllm_config.model_config.dtype
         self._base = str(vllm_config.model_config.model)
         named = (vllm_config.additional_config or {}).get("speculator_path")
         self._path = named or os.environ.get(SPECULATOR_VARIABLE)
@@ -126,12 +165,13 @@ class RecurrentDraftingProposer:
         """
         drafter = load_drafter(str(self._path))
         self._check_fit(drafter, target_model)
-        weight = next(target_model.parameters())
-        nn.Module.to(drafter, device=weight.device, dtype=weight.dtype)
+        device = next(target_model.parameters()).device
+        nn.Module.to(drafter, device=device, dtype=self._dtype)
         drafter.train(False)
         self._drafter = drafter
         self._embed = target_model.embed_input_ids
         self._watch.attach(target_model)
+        _mend_expansion(device)
 
     def propose(
         self,

@@ -181,7 +181,7 @@ def edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     ("damage", "named"),
     [
         (lambda folder: (folder / CONFIG).unlink(), CONFIG),
-        (lambda folder: (folder / CONFIG).write_text("[]"), "is no config of Apple's drafter"),
+        (lambda folder: (folder / CONFIG).write_text("[]"), "expected an object of settings, got list"),
         (lambda folder: (folder / CONFIG).write_text('{"model_type": "llama"}'), "got model_type 'llama'"),
         (lambda folder: (folder / WEIGHTS).write_bytes(b"x"), WEIGHTS),
         (lambda folder: edit(folder, lambda tensors: tensors.pop("rnn_u.bias")), "missing ['rnn_u.bias']"),

@@ -1,6 +1,6 @@
 """The proposer's bookkeeping against steps as vLLM's runner makes them; needs vLLM, without an engine.
 
-``benchmarks/vllm.py`` runs the real engine.
+``test_vllm_engine.py`` runs the real engine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.tiny import make_drafter, make_verifier
 
 pytest.importorskip("vllm")
 from recurrent_drafting import vllm_proposer
-from recurrent_drafting.vllm_proposer import RecurrentDraftingProposer, RejectionSampler
+from recurrent_drafting.vllm_proposer import RecurrentDraftingProposer, RejectionSampler, Sampler
 
 LENGTH, MAX_MODEL_LEN = 3, 64
 VERIFIER = make_verifier("llama")
@@ -31,7 +31,7 @@ class Target(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        self.weight = nn.Parameter(torch.zeros(1, dtype=torch.float16))  # as of a quantised target
         self.config = SimpleNamespace(hidden_size=VERIFIER.hidden_size, vocab_size=VERIFIER.vocab_size)
 
     def embed_input_ids(self, ids: Tensor) -> Tensor:
@@ -39,9 +39,6 @@ class Target(nn.Module):
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         return hidden
-
-    def forward(self) -> None:
-        """Begin a step."""
 
 
 @pytest.fixture
@@ -53,8 +50,10 @@ def drafter(tmp_path: Path) -> Drafter:
 
 @pytest.fixture
 def engine(drafter: Drafter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Target]:
-    """Return a loaded proposer and its target; vLLM's rejection sampler is put back afterwards."""
-    monkeypatch.setattr(RejectionSampler, "forward", lambda _sampler, _metadata: None)
+    """Return a loaded proposer and its target; vLLM's samplers are put back afterwards."""
+    monkeypatch.setattr(Sampler, "forward", lambda _sampler: None)
+    # As vLLM's does for the last row of each request.
+    monkeypatch.setattr(RejectionSampler, "forward", lambda _sampler, _metadata: sample())
     proposer = RecurrentDraftingProposer(config(speculator_path=str(tmp_path)))
     target = Target()
     proposer.load_model(target)
@@ -64,21 +63,26 @@ def engine(drafter: Drafter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def config(**additional: str) -> Any:
     return SimpleNamespace(
         speculative_config=SimpleNamespace(num_speculative_tokens=LENGTH),
-        model_config=SimpleNamespace(max_model_len=MAX_MODEL_LEN, model="base"),
+        model_config=SimpleNamespace(max_model_len=MAX_MODEL_LEN, model="base", dtype=torch.float64),
         additional_config=additional,
     )
+
+
+def sample() -> None:
+    Sampler.forward(Sampler.__new__(Sampler))
 
 
 def run_step(
     engine: tuple[Any, Target], drafts: list[int] | None, sampled: list[list[int]], lengths: list[int] | None = None
 ) -> tuple[list[list[int]], Tensor]:
-    """Do what the runner does in a step: forward, logits, rejection, prompt log-probabilities, propose."""
+    """Do what the runner does in a step: logits, sampler, prompt log-probabilities, propose."""
     proposer, target = engine
     rows = sum(n + 1 for n in drafts) if drafts is not None else len(sampled)
     hidden = torch.randn(rows, VERIFIER.hidden_size, dtype=torch.float64)
-    target()
     target.compute_logits(hidden)
-    if drafts is not None:
+    if drafts is None:
+        sample()
+    else:
         sampler = RejectionSampler.__new__(RejectionSampler)
         RejectionSampler.forward(sampler, SimpleNamespace(num_draft_tokens=drafts))
     target.compute_logits(torch.zeros(5, VERIFIER.hidden_size))  # prompt log-probabilities
@@ -127,15 +131,15 @@ def test_a_step_without_decided_tokens_proposes_nothing(engine: Any) -> None:
 
 def test_a_non_finite_context_proposes_nothing(engine: Any) -> None:
     proposer, target = engine
-    target()
     target.compute_logits(torch.full((1, VERIFIER.hidden_size), torch.nan, dtype=torch.float64))
+    sample()
     assert proposer.propose([[7]], np.array([10]), np.zeros((1, MAX_MODEL_LEN))) == [[]]
 
 
 def test_rows_that_do_not_add_up_are_an_error(engine: Any) -> None:
     proposer, target = engine
-    target()
     target.compute_logits(torch.zeros(5, VERIFIER.hidden_size))
+    sample()
     with pytest.raises(ModelError, match=r"5 hidden rows and 2 requests.*expected 2 rows"):
         proposer.propose([[7], [8]], np.array([10, 10]), np.zeros((2, MAX_MODEL_LEN)))
 
