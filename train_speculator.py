@@ -429,7 +429,8 @@ def make_drafter(
     from recurrent_drafting.trainer import choose_draft_vocabulary, initialise_from_verifier
 
     if args.drafter_name_or_path:
-        drafter = load_drafter(args.drafter_name_or_path)
+        # Released weights may be in bfloat16, too coarse for the optimizer's steps.
+        drafter = load_drafter(args.drafter_name_or_path).float()
         check_fit(verifier, drafter)
         check_tokenizer(tokenizer, drafter.config.tokenizer_fingerprint, args.llm_name_or_path)
         return drafter
