@@ -24,7 +24,7 @@ from recurrent_drafting.drafter import Drafter
 from recurrent_drafting.errors import DataError, ModelError, ResourceError, UsageError
 from recurrent_drafting.kv_cache import VerifierCache
 from recurrent_drafting.metrics import DecodingStats
-from recurrent_drafting.packed_model import DecodingTwin
+from recurrent_drafting.packed_model import decoding_twin
 from recurrent_drafting.sampling import Sampler, warp
 from recurrent_drafting.tree_budget import DraftBudget, LatencyCurve, LatencyTable
 from recurrent_drafting.verifier import Verifier, VerifierOutput
@@ -363,7 +363,7 @@ class SpeculativeDecoder(_Decoder):
             nn.Module.to(drafter, device=verifier.device, dtype=verifier.dtype)
         drafter.train(False)
         self.drafter = drafter
-        self._twin = DecodingTwin(drafter)
+        self._fast_drafter: Any = drafter
         self._told = False
         self._warned = False
 
@@ -376,6 +376,7 @@ class SpeculativeDecoder(_Decoder):
         self, prompts: list[list[int]], replies: list[_Reply], sampler: Sampler, stats: DecodingStats
     ) -> _Batch:
         batch = super()._prefill(prompts, replies, sampler, stats)
+        self._fast_drafter = decoding_twin(self.drafter)
         if self.latency is not None:
             table = LatencyTable({1: self.latency}) if isinstance(self.latency, LatencyCurve) else self.latency
             batch.budget = DraftBudget(table, self.beam, self._max_tree_nodes)
@@ -385,9 +386,8 @@ class SpeculativeDecoder(_Decoder):
         budget = batch.budget
         if self._max_tree_nodes == 1 or (budget is not None and not self._worth_drafting(budget, len(batch.replies))):
             return DraftTree.root_only(batch.root)
-        twin: Any = self._twin.get()
         beams = beam_search.draft(
-            twin,
+            self._fast_drafter,
             batch.context,
             batch.root,
             self.verifier.embed,

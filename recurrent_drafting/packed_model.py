@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +22,7 @@ _PACKABLE = (torch.bfloat16, torch.float32)
 _GROUPED = "recurrent_drafting_grouped_sdpa"
 # Packed weights come on top of the model's own: leave at least as much memory free as they take.
 _MEMORY_FACTOR = 2
+_SAMPLES = 64
 
 
 class PackedLinear(nn.Module):
@@ -43,26 +47,43 @@ class PackedLinear(nn.Module):
         return y
 
 
-class DecodingTwin:
-    """The twin of a model, made when it is first asked for and again when the weights have changed.
+@dataclass(frozen=True)
+class _Entry:
+    """What is known of a model.
 
     Args:
-        model: the model; where nothing can be packed it is its own twin.
+        twin: None where nothing can be packed.
+        versions: memory and in-place changes of each parameter.
+        sample: some elements of each packed weight.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._twin: nn.Module | None = None
-        self._weights: tuple[tuple[int, int], ...] = ()
+    twin: nn.Module | None
+    versions: tuple[tuple[int, int], ...]
+    sample: Tensor
 
-    def get(self) -> nn.Module:
-        """Return the twin; it is valid until a weight of the model changes."""
-        weights = tuple(_version(parameter) for parameter in self._model.parameters())
-        if self._twin is None or weights != self._weights:
-            self._twin = None  # two packed copies at a time could be too much
-            self._twin = pack(self._model) if _packable(self._model) else self._model
-            self._weights = weights
-        return self._twin
+
+# Twins live as long as their models, however often a model is wrapped.
+_entries: WeakKeyDictionary[nn.Module, _Entry] = WeakKeyDictionary()
+
+
+def decoding_twin(model: nn.Module) -> nn.Module:
+    """Return a model's twin for decoding, the model itself where nothing can be packed.
+
+    It is made at the first call, and again when weights have changed. Changes through ``.data``, which leave
+    no trace in a parameter's version (merged adapters), show in a sample of the elements.
+
+    Args:
+        model: ask again before each generation.
+    """
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear) and _is_plain(module)]
+    versions = tuple(_version(parameter) for parameter in model.parameters())
+    sample = _sample([linear.weight for linear in linears])
+    entry = _entries.get(model)
+    if entry is None or entry.versions != versions or not torch.equal(entry.sample, sample):
+        _entries.pop(model, None)  # two packed copies at a time could be too much
+        entry = _Entry(pack(model) if _packable(model, linears) else None, versions, sample)
+        _entries[model] = entry
+    return model if entry.twin is None else entry.twin
 
 
 def pack(model: nn.Module) -> nn.Module:
@@ -87,9 +108,9 @@ def _group_attention(twin: nn.Module) -> None:
             config._attn_implementation = _GROUPED
 
 
-def _packable(model: nn.Module) -> bool:
+def _packable(model: nn.Module, linears: Sequence[nn.Linear]) -> bool:
     """Tell whether packing is possible and fits in memory: on the CPU, in a dtype that its kernels know."""
-    weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear) and _is_plain(module)]
+    weights = [linear.weight for linear in linears]
     if not weights or any(w.device.type != "cpu" or w.dtype not in _PACKABLE for w in weights):
         return False
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
@@ -99,6 +120,13 @@ def _packable(model: nn.Module) -> bool:
     if weights[0].dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     return sum(weight.nbytes for weight in weights) * _MEMORY_FACTOR <= _free_memory()
+
+
+def _sample(weights: Sequence[Tensor]) -> Tensor:
+    """Return a few elements of each weight on the CPU, in one tensor; those elsewhere are never packed."""
+    local = [weight.detach() for weight in weights if weight.device.type == "cpu" and weight.dtype in _PACKABLE]
+    parts = [weight.reshape(-1)[:: max(weight.numel() // _SAMPLES, 1)].float() for weight in local]
+    return torch.cat(parts) if parts else torch.empty(0)
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from recurrent_drafting import beam_search
 from recurrent_drafting.config import BeamConfig
 from recurrent_drafting.draft_tree import DraftTree
 from recurrent_drafting.drafter import Drafter
-from recurrent_drafting.packed_model import DecodingTwin
+from recurrent_drafting.packed_model import decoding_twin
 from recurrent_drafting.verifier import Verifier
 
 # Tree sizes that are timed; a step verifies one of them, so shapes stay few.
@@ -73,7 +73,7 @@ class LatencyCurve:
         hidden = verifier.prefill([[1] * prefix_length] * batch_size, cache).hidden[:, 0]
         samples: dict[int, list[float]] = {n: [] for n in [0, *sizes]}
         root = torch.ones(batch_size, dtype=torch.long, device=verifier.device)
-        twin: Any = DecodingTwin(drafter).get()
+        twin: Any = decoding_twin(drafter)
         for _ in range(repeats + 1):
             start = time.perf_counter()
             with torch.inference_mode():

@@ -8,6 +8,7 @@ of that is not assumed from its name: it is probed once, on a few tokens, when i
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,9 @@ from recurrent_drafting import assets, checkpoint, memory
 from recurrent_drafting.draft_tree import DraftTree
 from recurrent_drafting.errors import DataError, ModelError, NetworkError, ResourceError, UsageError
 from recurrent_drafting.kv_cache import VerifierCache
-from recurrent_drafting.packed_model import DecodingTwin
+from recurrent_drafting.packed_model import decoding_twin
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -68,8 +71,8 @@ class Verifier:
             raise self._unsupported(reason)
         self._body: nn.Module = model.base_model
         self._head: nn.Module = model.get_output_embeddings()
-        self._twin = DecodingTwin(model)
-        # What decoding runs; the twin takes over with the first cache.
+        # What decoding runs; the model's twin takes over with the first cache.
+        self._twin: nn.Module = model
         self._fast_body, self._fast_head = self._body, self._head
         self._embedding: nn.Module = model.get_input_embeddings()
         # transformers 5.24 renamed the argument.
@@ -159,9 +162,31 @@ class Verifier:
 
     def new_cache(self, batch_size: int, capacity: int) -> VerifierCache:
         """Make an empty cache of ``capacity`` tokens per row."""
-        twin: Any = self._twin.get()
-        self._fast_body, self._fast_head = twin.base_model, twin.get_output_embeddings()
+        twin: Any = decoding_twin(self.model)
+        if twin is not self._twin:
+            self._twin = twin
+            self._use_twin(twin)
+        return self._empty_cache(batch_size, capacity)
+
+    def _empty_cache(self, batch_size: int, capacity: int) -> VerifierCache:
         return VerifierCache(int(self._text_config.num_hidden_layers), batch_size, capacity)
+
+    def _use_twin(self, twin: Any) -> None:
+        """Decode with the twin from now on, unless its tree differs from the model's."""
+        self._fast_body, self._fast_head = self._body, self._head
+        if twin is self.model:
+            return
+        expected = self._probe_tree(*self._probe_tokens())
+        self._fast_body, self._fast_head = twin.base_model, twin.get_output_embeddings()
+        gap = _relative_gap(self._probe_tree(*self._probe_tokens()), expected)
+        if gap > _PROBE_TOLERANCE.get(self.dtype, 0.1):
+            logger.warning(
+                "%s (%s) gives other logits with packed weights (gap %.2g): it decodes without them, slower",
+                self.name_or_path,
+                self.model.config.model_type,
+                gap,
+            )
+            self._fast_body, self._fast_head = self._body, self._head
 
     def decoding_modules(self) -> tuple[nn.Module, nn.Module]:
         """Return the body and the LM head that decoding runs, for timing them alone."""
@@ -389,8 +414,7 @@ class Verifier:
 
         The window is narrowed meanwhile, so that these few tokens reach beyond it.
         """
-        *prefix, root, left, right = (id_ % self.vocab_size for id_ in (5, 7, 11, 13, 17, 19, 23))
-        prompts = [prefix, prefix[:2]]
+        prompts, (root, left, right) = self._probe_tokens()
         head_gap = tree_gap = 0.0
         try:
             with _narrow_window(self._text_config):
@@ -409,10 +433,15 @@ class Verifier:
         if tree_gap > tolerance:
             raise self._unsupported(f"a tree of 3 nodes gives logits {tree_gap:.2g} (relative) off a plain forward")
 
+    def _probe_tokens(self) -> tuple[list[list[int]], list[int]]:
+        """Return two prompts, and a root with two children."""
+        *prefix, root, left, right = (id_ % self.vocab_size for id_ in (5, 7, 11, 13, 17, 19, 23))
+        return [prefix, prefix[:2]], [root, left, right]
+
     def _probe_tree(self, prompts: list[list[int]], tokens: list[int]) -> Tensor:
         """Prefill and verify a root with two children."""
         rows, nodes = len(prompts), len(tokens)
-        cache = self.new_cache(rows, max(map(len, prompts)) + nodes)
+        cache = self._empty_cache(rows, max(map(len, prompts)) + nodes)
         tree = DraftTree(
             tokens=torch.tensor([tokens] * rows, device=self.device),
             parents=torch.zeros(rows, nodes, dtype=torch.long, device=self.device),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from recurrent_drafting import AutoregressiveDecoder, BeamConfig, SpeculativeDecoder, Verifier
-from recurrent_drafting.packed_model import DecodingTwin, PackedLinear, pack
+from recurrent_drafting.packed_model import PackedLinear, decoding_twin, pack
 from tests.tiny import CONFIGS, NoisyOracleDecoder, make_drafter, make_verifier
 
 PROMPTS = [[1, 5, 9, 33, 2, 8], [4, 4, 7]]
@@ -67,7 +69,7 @@ def test_decoding_runs_the_twin_and_writes_what_float64_writes(family: str) -> N
 
 
 @needs_packing
-@pytest.mark.parametrize("change", ["in place", "replaced"])
+@pytest.mark.parametrize("change", ["in place", "replaced", "behind its back"])
 def test_changed_weights_are_packed_anew(change: str) -> None:
     verifier = make_verifier("llama", dtype=torch.float32)
     other = make_verifier("llama", seed=5, dtype=torch.float32)
@@ -77,6 +79,8 @@ def test_changed_weights_are_packed_anew(change: str) -> None:
         if change == "in place":
             with torch.no_grad():
                 own.copy_(new)
+        elif change == "behind its back":  # as adapters are merged: no version changes
+            own.data.copy_(new.data)
         else:
             own.data = new.data.clone()
     expected = AutoregressiveDecoder(other).generate(PROMPTS, max_new_tokens=12).sequences
@@ -104,13 +108,40 @@ def test_a_drafter_that_is_still_trained_is_packed_anew() -> None:
 
 def test_what_cannot_be_packed_is_its_own_twin(monkeypatch: pytest.MonkeyPatch) -> None:
     double = make_verifier("llama").model
-    assert DecodingTwin(double).get() is double
+    assert decoding_twin(double) is double
     hooked = make_verifier("llama", dtype=torch.float32).model
     hooked.model.layers[0]._hf_hook = "weights that come and go"
-    assert DecodingTwin(hooked).get() is hooked
+    assert decoding_twin(hooked) is hooked
     large = make_verifier("llama", dtype=torch.float32).model
     monkeypatch.setattr("recurrent_drafting.packed_model._free_memory", lambda: 1000.0)
-    assert DecodingTwin(large).get() is large
+    assert decoding_twin(large) is large
+
+
+@needs_packing
+def test_a_twin_that_differs_from_its_model_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    verifier = make_verifier("llama", dtype=torch.float32)
+    exact = Verifier(copy.deepcopy(verifier.model).double())
+    plain = AutoregressiveDecoder(exact).generate(PROMPTS, max_new_tokens=12).sequences
+    other = pack(make_verifier("llama", seed=5, dtype=torch.float32).model)
+    monkeypatch.setattr("recurrent_drafting.verifier.decoding_twin", lambda _: other)
+    for _ in range(2):
+        assert AutoregressiveDecoder(verifier).generate(PROMPTS, max_new_tokens=12).sequences == plain
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+@needs_packing
+def test_a_twin_is_made_once_for_a_model_and_goes_with_it() -> None:
+    model = make_verifier("llama", dtype=torch.float32).model
+    twin = decoding_twin(model)
+    assert decoding_twin(model) is twin
+    assert Verifier(model).new_cache(1, 4) is not None
+    assert decoding_twin(model) is twin
+    gone = weakref.ref(twin)
+    del twin, model
+    gc.collect()
+    assert gone() is None
 
 
 @needs_packing
@@ -118,9 +149,10 @@ def test_a_layer_with_a_hook_of_its_own_is_not_packed() -> None:
     model = make_verifier("llama", dtype=torch.float32).model
     seen = []
     model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: seen.append(1))
-    verifier = Verifier(model)
+    decoder = AutoregressiveDecoder(Verifier(model))
+    decoder.generate(PROMPTS, max_new_tokens=1)
     seen.clear()
-    AutoregressiveDecoder(verifier).generate(PROMPTS, max_new_tokens=3, eos_token_ids=())
+    decoder.generate(PROMPTS, max_new_tokens=3, eos_token_ids=())
     assert len(seen) == 3
 
 

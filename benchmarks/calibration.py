@@ -1,0 +1,151 @@
+#!/usr/bin/env python
+"""Are path probabilities what they say? Predicted against observed acceptance of every verified node.
+
+Each node of each verified tree is one observation: the probability that the beam search gave its path,
+and whether the path was accepted. Observations are put in bins of equal width.
+
+Example:
+  python benchmarks/calibration.py --speculator_path DIR --output benchmarks/results/calibration.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from recurrent_drafting import (
+    BeamConfig,
+    SamplingConfig,
+    SpeculativeDecoder,
+    Verifier,
+    acceptance,
+    cli,
+    data,
+    evaluation,
+    plots,
+    report,
+)
+from recurrent_drafting.acceptance import Acceptance
+from recurrent_drafting.assets import DEFAULT_BASE
+from recurrent_drafting.checkpoint import load_drafter
+from recurrent_drafting.draft_tree import DraftTree
+from recurrent_drafting.sampling import Sampler
+
+
+class Observer:
+    """The walk, and what it says of each node.
+
+    Args:
+        bins: bins of predicted probability.
+    """
+
+    def __init__(self, bins: int) -> None:
+        self.predicted = [0.0] * bins
+        self.accepted = [0] * bins
+        self.nodes = [0] * bins
+        self._walk = acceptance.walk
+
+    def __call__(self, tree: DraftTree, logits: Tensor, sampler: Sampler) -> Acceptance:
+        """Walk the trees as decoding does and count."""
+        result = self._walk(tree, logits, sampler)
+        for probabilities, path in zip(tree.log_probs.exp().tolist(), result.paths, strict=True):
+            taken = set(path)
+            for node, probability in enumerate(probabilities[1:], start=1):
+                place = min(int(probability * len(self.nodes)), len(self.nodes) - 1)
+                self.predicted[place] += probability
+                self.accepted[place] += node in taken
+                self.nodes[place] += 1
+        return result
+
+    def summary(self) -> dict[str, Any]:
+        """Return the bins, and expected calibration error and bias over all nodes."""
+        total = sum(self.nodes)
+        gaps = [abs(p - a) for p, a in zip(self.predicted, self.accepted, strict=True)]
+        filled = [place for place, count in enumerate(self.nodes) if count]
+        return {
+            "predicted": [self.predicted[place] / self.nodes[place] for place in filled],
+            "accepted": [self.accepted[place] / self.nodes[place] for place in filled],
+            "nodes": [self.nodes[place] for place in filled],
+            "expected_calibration_error": sum(gaps) / total,
+            "accepted_over_predicted": sum(self.accepted) / sum(self.predicted),
+        }
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Decode the prompts at every temperature and watch the walk."""
+    verifier = Verifier.from_pretrained(args.base_model, args.dtype)
+    tokenizer = data.load_tokenizer(args.base_model)
+    questions, _ = evaluation.load_questions("mt-bench", args.prompts, spread=True)
+    prompts = [data.render(tokenizer, [{"role": "user", "content": q.turns[0]}], ask=True) for q in questions]
+    beam = BeamConfig(max_nodes=args.max_tree_nodes)
+    decoder = SpeculativeDecoder(verifier, load_drafter(args.speculator_path), beam)
+    curves = {}
+    for temperature in args.temperatures:
+        observer = Observer(args.bins)
+        acceptance.walk = observer
+        try:
+            for start in range(0, len(prompts), args.batch_size):
+                decoder.generate(
+                    prompts[start : start + args.batch_size],
+                    max_new_tokens=args.new_tokens,
+                    sampling=SamplingConfig(temperature=temperature, seed=1),
+                )
+        finally:
+            acceptance.walk = observer._walk
+        curves[str(temperature)] = observer.summary()
+    return {
+        "command": f"python benchmarks/calibration.py --dtype {args.dtype} --prompts {args.prompts} "
+        f"--new_tokens {args.new_tokens} --max_tree_nodes {args.max_tree_nodes} "
+        f"--temperatures {' '.join(map(str, args.temperatures))}",
+        "base_model": args.base_model,
+        "machine": evaluation.machine(),
+        "temperatures": curves,
+    }
+
+
+def plot(record: dict[str, Any]) -> str:
+    """Draw the reliability curves as one HTML page."""
+    lines = [
+        plots.Line(f"temperature {name}", list(zip(curve["predicted"], curve["accepted"], strict=True)))
+        for name, curve in record["temperatures"].items()
+    ]
+    lines.append(plots.Line("perfect", [(0.0, 0.0), (1.0, 1.0)]))
+    drawing = plots.lines(lines, x_label="predicted probability of the path")
+    figure = report.figure("Share of paths accepted", drawing, record["command"], [line.name for line in lines])
+    return report.page("Reliability of path probabilities", [figure])
+
+
+def main() -> int:
+    """Parse the command line, measure, print and write."""
+    parser = cli.ArgumentParser(description=__doc__)
+    parser.add_argument("--base_model", default=DEFAULT_BASE)
+    parser.add_argument("--speculator_path", required=True)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--prompts", type=int, default=80)
+    parser.add_argument("--new_tokens", type=int, default=64)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--max_tree_nodes", type=int, default=41)
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
+    parser.add_argument("--bins", type=int, default=10)
+    parser.add_argument("--output", type=Path, help="JSON; the plot goes beside it")
+    args = parser.parse_args()
+    record = measure(args)
+    for name, curve in record["temperatures"].items():
+        print(
+            f"temperature {name}: accepted over predicted {curve['accepted_over_predicted']:.3f}, "
+            f"expected calibration error {curve['expected_calibration_error']:.4f}"
+        )
+        for predicted, accepted, nodes in zip(curve["predicted"], curve["accepted"], curve["nodes"], strict=True):
+            print(f"  predicted {predicted:.3f}  accepted {accepted:.3f}  nodes {nodes}")
+    if args.output:
+        evaluation.write_json(record, args.output)
+        evaluation.write_text(plot(record), args.output.with_suffix(".html"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, debug=False))
