@@ -210,6 +210,9 @@ def _require_inside(path: Path, file: Path) -> None:
     target = file.resolve()
     if not any(target.is_relative_to(directory) for directory in inside):
         raise ModelError(f"{file}: expected a file of its own directory, found a link to {target}; copy it")
+    # Opening a pipe would wait for ever.
+    if target.exists() and not target.is_file():
+        raise ModelError(f"{file}: expected a regular file, found something else; copy the checkpoint again")
 
 
 def _pickles(path: Path) -> str:
