@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer
 
-from recurrent_drafting import assets
+from recurrent_drafting import assets, checkpoint, manifest
 from recurrent_drafting.errors import DataError, ModelError, NetworkError, UsageError
 
 # Longer lines are refused before they are parsed.
@@ -675,8 +675,11 @@ def load_tokenizer(name_or_path: str, revision: str | None = None, *, trust_remo
     """
     source = str(assets.model_directory(name_or_path)) if assets.is_asset(name_or_path) else name_or_path
     try:
+        if (file := Path(source) / "tokenizer.json").exists():
+            # Damage that shows as JSON; the library behind has no class for its errors.
+            manifest.read_json(file)
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except checkpoint.LOAD_FAILURES as error:
         raise DataError(f"no tokenizer for {name_or_path}: {_first_line(error)}; save one beside the model") from error
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -532,7 +531,7 @@ def _load(source: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTraine
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
-    except (OSError, ValueError, RuntimeError, ImportError, AttributeError, TypeError, SafetensorError) as error:
+    except checkpoint.LOAD_FAILURES as error:
         if memory.is_shortage(error):
             raise ResourceError(f"base model {source} does not load: {memory.describe(error)}") from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
