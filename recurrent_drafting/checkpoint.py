@@ -30,10 +30,12 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 INDEX = f"{WEIGHTS}.index.json"
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+# httpx.HTTPError or httpx2.HTTPError, by version of the hub's client: what its own error is made from.
+HTTP_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
 # What transformers ends in when a file is damaged or a setting is of another kind than it expects.
 LOAD_FAILURES = (
     *(OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError, ImportError),
-    *(SafetensorError, StrictDataclassError),
+    *(SafetensorError, StrictDataclassError, HTTP_ERROR),
 )
 _CONVERT = "convert with safetensors.torch.save_file"
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -130,7 +132,7 @@ def _download(name: str, revision: str) -> Path:
                 # The manifest is optional; weights that the repository lacks are named by the directory's checks.
                 if isinstance(error, LocalEntryNotFoundError) and file == WEIGHTS:
                     raise
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+    except (HTTP_ERROR, HFValidationError, OSError, ValueError) as error:
         raise NetworkError(
             f"drafter {name!r} is no local path and the hub did not give it: {_first_line(error)}; check the name"
         ) from error

@@ -497,7 +497,6 @@ def _hub_rows(name: str, source: HubSource, split: str | None, max_rows: int | N
     if importlib.util.find_spec("datasets") is None:
         raise UsageError(f"--dataset_name {name} comes from the hub: run pip install datasets, or {_ALTERNATIVE}")
     datasets = importlib.import_module("datasets")
-    hub_errors = importlib.import_module("huggingface_hub.errors")
     wanted = split or source.split
     # A slice of a split ("train[:1%]") cannot be streamed.
     streaming = max_rows is not None and "[" not in wanted
@@ -513,7 +512,7 @@ def _hub_rows(name: str, source: HubSource, split: str | None, max_rows: int | N
         for number, row in enumerate(islice(rows, max_rows), start=1):
             if row.get("text") != "":
                 yield f"{name}: row {number}", row
-    except (OSError, ValueError, hub_errors.HfHubHTTPError) as error:
+    except (OSError, ValueError, checkpoint.HTTP_ERROR) as error:
         raise NetworkError(
             f"--dataset_name {name} ({source.repository}, split {wanted}) did not load from the hub after "
             f"{number} rows: {_first_line(error)}; check the network and the split, or {_ALTERNATIVE}"

@@ -535,7 +535,7 @@ def _load(source: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTraine
         if memory.is_shortage(error):
             raise ResourceError(f"base model {source} does not load: {memory.describe(error)}") from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if Path(source).exists() or not isinstance(error, OSError):
+        if Path(source).exists() or not isinstance(error, (OSError, checkpoint.HTTP_ERROR)):
             raise ModelError(f"base model {source} does not load: {reason}") from error
         raise NetworkError(
             f"base model {source!r} is no local path and the hub did not give it: {reason} "
