@@ -12,7 +12,13 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError, safe_open
 
 from recurrent_drafting import manifest, memory
@@ -24,6 +30,13 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 INDEX = f"{WEIGHTS}.index.json"
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+# httpx.HTTPError or httpx2.HTTPError, by version of the hub's client: what its own error is made from.
+HTTP_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
+# What transformers ends in when a file is damaged or a setting is of another kind than it expects.
+LOAD_FAILURES = (
+    *(OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError, ImportError),
+    *(SafetensorError, StrictDataclassError, HTTP_ERROR),
+)
 _CONVERT = "convert with safetensors.torch.save_file"
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
@@ -92,7 +105,7 @@ def load_drafter(name_or_path: str, revision: str | None = None) -> Drafter:
             # Reported below, by name, instead of in a table on the log.
             ignore_mismatched_sizes=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except LOAD_FAILURES as error:
         if memory.is_shortage(error):
             raise
         raise ModelError(f"drafter {path} does not load: {_first_line(error)}; train or download it again") from error
@@ -119,7 +132,7 @@ def _download(name: str, revision: str) -> Path:
                 # The manifest is optional; weights that the repository lacks are named by the directory's checks.
                 if isinstance(error, LocalEntryNotFoundError) and file == WEIGHTS:
                     raise
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+    except (HTTP_ERROR, HFValidationError, OSError, ValueError) as error:
         raise NetworkError(
             f"drafter {name!r} is no local path and the hub did not give it: {_first_line(error)}; check the name"
         ) from error
@@ -210,6 +223,9 @@ def _require_inside(path: Path, file: Path) -> None:
     target = file.resolve()
     if not any(target.is_relative_to(directory) for directory in inside):
         raise ModelError(f"{file}: expected a file of its own directory, found a link to {target}; copy it")
+    # Opening a pipe would wait for ever.
+    if target.exists() and not target.is_file():
+        raise ModelError(f"{file}: expected a regular file, found something else; copy the checkpoint again")
 
 
 def _pickles(path: Path) -> str:
@@ -242,7 +258,7 @@ def _check_header(path: Path) -> None:
         with safe_open(file, framework="pt") as weights:
             found = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
         config = RecurrentDraftingConfig.from_pretrained(path)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError) as error:
+    except LOAD_FAILURES as error:
         at = file if isinstance(error, SafetensorError) else path
         raise ModelError(f"drafter {at} does not load: {_first_line(error)}; train or download it again") from error
     if config.num_draft_layers > len(found):

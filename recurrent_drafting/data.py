@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer
 
-from recurrent_drafting import assets
+from recurrent_drafting import assets, checkpoint, manifest
 from recurrent_drafting.errors import DataError, ModelError, NetworkError, UsageError
 
 # Longer lines are refused before they are parsed.
@@ -497,7 +497,6 @@ def _hub_rows(name: str, source: HubSource, split: str | None, max_rows: int | N
     if importlib.util.find_spec("datasets") is None:
         raise UsageError(f"--dataset_name {name} comes from the hub: run pip install datasets, or {_ALTERNATIVE}")
     datasets = importlib.import_module("datasets")
-    hub_errors = importlib.import_module("huggingface_hub.errors")
     wanted = split or source.split
     # A slice of a split ("train[:1%]") cannot be streamed.
     streaming = max_rows is not None and "[" not in wanted
@@ -513,7 +512,7 @@ def _hub_rows(name: str, source: HubSource, split: str | None, max_rows: int | N
         for number, row in enumerate(islice(rows, max_rows), start=1):
             if row.get("text") != "":
                 yield f"{name}: row {number}", row
-    except (OSError, ValueError, hub_errors.HfHubHTTPError) as error:
+    except (OSError, ValueError, checkpoint.HTTP_ERROR) as error:
         raise NetworkError(
             f"--dataset_name {name} ({source.repository}, split {wanted}) did not load from the hub after "
             f"{number} rows: {_first_line(error)}; check the network and the split, or {_ALTERNATIVE}"
@@ -675,8 +674,11 @@ def load_tokenizer(name_or_path: str, revision: str | None = None, *, trust_remo
     """
     source = str(assets.model_directory(name_or_path)) if assets.is_asset(name_or_path) else name_or_path
     try:
+        if (file := Path(source) / "tokenizer.json").exists():
+            # Damage that shows as JSON; the library behind has no class for its errors.
+            manifest.read_json(file)
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except checkpoint.LOAD_FAILURES as error:
         raise DataError(f"no tokenizer for {name_or_path}: {_first_line(error)}; save one beside the model") from error
 
 

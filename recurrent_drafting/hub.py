@@ -14,7 +14,7 @@ import huggingface_hub
 from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from recurrent_drafting import custom_generate, manifest
+from recurrent_drafting import checkpoint, custom_generate, manifest
 from recurrent_drafting.assets import ASSETS
 from recurrent_drafting.checkpoint import CONFIG, WEIGHTS
 from recurrent_drafting.config import RecurrentDraftingConfig
@@ -30,8 +30,6 @@ _NEEDED = ("base_model", "dtype", "device", "batch_size", "temperature", "prompt
 _WAITS = (1, 4)
 _LONGEST_WAIT = 60
 _BUSY = (429, 500, 502, 503, 504)
-# httpx.HTTPError or httpx2.HTTPError, by version of the hub's client: what its own error is made from.
-_HTTP_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
 
 T = TypeVar("T")
 
@@ -351,7 +349,7 @@ def _with_retries(call: Callable[[], T]) -> T:
     return call()
 
 
-_FAILURES = (_HTTP_ERROR, OSError)
+_FAILURES = (checkpoint.HTTP_ERROR, OSError)
 
 
 def _cause(error: Exception) -> Exception:

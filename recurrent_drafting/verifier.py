@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -575,11 +574,11 @@ def _load(source: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTraine
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
-    except (OSError, ValueError, RuntimeError, ImportError, AttributeError, TypeError, SafetensorError) as error:
+    except checkpoint.LOAD_FAILURES as error:
         if memory.is_shortage(error):
             raise ResourceError(f"base model {source} does not load: {memory.describe(error)}") from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if Path(source).exists() or not isinstance(error, OSError):
+        if Path(source).exists() or not isinstance(error, (OSError, checkpoint.HTTP_ERROR)):
             raise ModelError(f"base model {source} does not load: {reason}") from error
         raise NetworkError(
             f"base model {source!r} is no local path and the hub did not give it: {reason} "

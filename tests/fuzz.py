@@ -258,7 +258,12 @@ KEPT: dict[str, list[bytes]] = {
     "chat template": [template + b"\0{}" for template in (b"{{ 1 // 0 }}", b"{{ 'a' + 1 }}", b"{{ range(10**9) }}")],
     "manifest": [b"[" * 100_000, b'{"format_version": 1}'],
     "index": [b"[" * 100_000, b'{"weight_map": [1]}', b'{"weight_map": {"a": 7}}'],
-    "drafter config": [b'{"model_type": "recurrent_drafting_drafter", "num_draft_layers": 1000000000}', b"[" * 100_000],
+    "drafter config": [
+        b'{"model_type": "recurrent_drafting_drafter", "num_draft_layers": 1000000000}',
+        b"[" * 100_000,
+        b'{"model_type": "recurrent_drafting_drafter", "hidden_size": 32, "vocab_size": 258,'
+        b'"num_draft_layers": 1, "dtype": true}',
+    ],
     "base config": [b'{"num_hidden_layers": 1000000000}', b"[" * 100_000],
 }
 
@@ -316,6 +321,7 @@ def check_tree(rng: random.Random, rows: int) -> int:
     return rows
 
 
+@torch.inference_mode()
 def check_cache(rng: random.Random, steps: int) -> int:
     """Compare a cache with lists of what was written; return the number of states."""
     rows, layers = rng.randint(1, 4), rng.randint(1, 2)

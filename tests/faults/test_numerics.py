@@ -64,7 +64,7 @@ def test_the_row_of_a_batch_is_named(models: Models, capsys: Capture) -> None:
     rows = [{"question_id": number, "category": "c", "turns": [f"x{number}"]} for number in (4, 9)]
     Path("q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     argv = generate_argv(models, "--base_model", base, "--eval_file", "q.jsonl", "--batch_size", "2")
-    refused(generate_speculator.main, argv, 6, capsys, "of row 0 (request 64)")
+    refused(generate_speculator.main, argv, 6, capsys, "at new token 3 of row 0 (request ")
 
 
 def broken_drafter(models: Models, name: str, rows: slice) -> Models:

@@ -192,11 +192,11 @@ def test_special_tokens_in_a_prompt(models: Models, prompt: str, padding: str | 
     assert reply_of(models, capsys, "--prompt", prompt, "--base_model", base) == expected != ""
 
 
-@pytest.mark.parametrize("place", [0, 2, 5])
-def test_every_end_of_sequence_is_honoured(models: Models, place: int, capsys: Capture) -> None:
+@pytest.mark.parametrize("at", [0, 2, 5])
+def test_every_end_of_sequence_is_honoured(models: Models, at: int, capsys: Capture) -> None:
     text = reply_of(models, capsys, "--prompt", "hello")
-    first = text.index(text[place])
-    base = with_settings(models.base, eos=[1, make_tokenizer().convert_tokens_to_ids(text[place])], padding=EOS)
+    first = text.index(text[at])
+    base = with_settings(models.base, eos=[1, make_tokenizer().convert_tokens_to_ids(text[at])], padding=EOS)
     for more in ([], ["--autoregressive"]):
         shown = reply_of(models, capsys, "--prompt", "hello", "--base_model", base, *more)
         assert shown == text[: first + 1]
@@ -268,7 +268,8 @@ def test_a_chat_ends_with_its_input(
 ) -> None:
     assert talk(models, monkeypatch, content) == 0
     out, err = capsys.readouterr()
-    assert "Traceback" not in err and out.count("[8 tokens") == (b"hello" in content.split(b"/exit")[0])
+    assert "Traceback" not in err
+    assert out.count("[8 tokens") == (content.strip() != b"" and not content.startswith(b"/exit"))
 
 
 @pytest.mark.parametrize("paste", [b"x" * 1_000_000, b"\xf0\x9f\x98\x80" * 50_000, b"word " * 100_000])
@@ -323,7 +324,6 @@ def test_ctrl_c_during_a_reply(models: Models, shown: int, more: list[str], monk
 def test_a_reader_that_leaves_ends_the_scripts_quietly(models: Models) -> None:
     commands = [
         ("generate_speculator.py", generate_argv(models, "--prompt", "hello")),
-        ("generate_speculator.py", ["--help"]),
         ("train_speculator.py", ["--help"]),
     ]
     running = [process(script, argv) for script, argv in commands]

@@ -21,6 +21,8 @@ from tests.faults.test_network import REPO, publish
 from tests.hub_server import Fault, HubServer
 from tests.test_hub import SUMMARY
 
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the hub's client
+
 VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "PIP_INDEX_URL")
 
 
