@@ -71,6 +71,7 @@ class Verifier:
         self._twin = DecodingTwin(model)
         # What decoding runs; the twin takes over with the first cache.
         self._fast_body, self._fast_head = self._body, self._head
+        self._compiles, self._compiled = False, None
         self._embedding: nn.Module = model.get_input_embeddings()
         # transformers 5.24 renamed the argument.
         names = inspect.signature(self._body.forward).parameters
@@ -111,8 +112,8 @@ class Verifier:
         return cls(model, name_or_path=name_or_path, fingerprint=fingerprint)
 
     def compile(self) -> None:
-        """Compile the forward of the base (torch.compile) for changing lengths and tree sizes."""
-        self._body.compile(dynamic=True)
+        """Have decoding compile the base's forward (torch.compile) for changing lengths and tree sizes."""
+        self._compiles = True
 
     @property
     def device(self) -> torch.device:
@@ -161,6 +162,9 @@ class Verifier:
         """Make an empty cache of ``capacity`` tokens per row."""
         twin: Any = self._twin.get()
         self._fast_body, self._fast_head = twin.base_model, twin.get_output_embeddings()
+        if self._compiles and self._compiled is not self._fast_body:
+            self._compiled = self._fast_body
+            self._compiled.compile(dynamic=True)
         return VerifierCache(int(self._text_config.num_hidden_layers), batch_size, capacity)
 
     def decoding_modules(self) -> tuple[nn.Module, nn.Module]:
