@@ -71,7 +71,8 @@ class Verifier:
         self._twin = DecodingTwin(model)
         # What decoding runs; the twin takes over with the first cache.
         self._fast_body, self._fast_head = self._body, self._head
-        self._compiles, self._compiled = False, None
+        self._compiles = False
+        self._compiled_body: nn.Module | None = None
         self._embedding: nn.Module = model.get_input_embeddings()
         # transformers 5.24 renamed the argument.
         names = inspect.signature(self._body.forward).parameters
@@ -114,6 +115,11 @@ class Verifier:
     def compile(self) -> None:
         """Have decoding compile the base's forward (torch.compile) for changing lengths and tree sizes."""
         self._compiles = True
+
+    @property
+    def compiles(self) -> bool:
+        """Tell whether decoding compiles the base's forward."""
+        return self._compiles
 
     @property
     def device(self) -> torch.device:
@@ -162,9 +168,9 @@ class Verifier:
         """Make an empty cache of ``capacity`` tokens per row."""
         twin: Any = self._twin.get()
         self._fast_body, self._fast_head = twin.base_model, twin.get_output_embeddings()
-        if self._compiles and self._compiled is not self._fast_body:
-            self._compiled = self._fast_body
-            self._compiled.compile(dynamic=True)
+        if self._compiles and self._compiled_body is not self._fast_body:
+            self._compiled_body = self._fast_body
+            self._fast_body.compile(dynamic=True)
         return VerifierCache(int(self._text_config.num_hidden_layers), batch_size, capacity)
 
     def decoding_modules(self) -> tuple[nn.Module, nn.Module]:
