@@ -72,7 +72,6 @@ class Verifier:
         # What decoding runs; the twin takes over with the first cache.
         self._fast_body, self._fast_head = self._body, self._head
         self._compiles = False
-        self._compiled_body: nn.Module | None = None
         self._embedding: nn.Module = model.get_input_embeddings()
         # transformers 5.24 renamed the argument.
         names = inspect.signature(self._body.forward).parameters
@@ -113,12 +112,14 @@ class Verifier:
         return cls(model, name_or_path=name_or_path, fingerprint=fingerprint)
 
     def compile(self) -> None:
-        """Have decoding compile the base's forward (torch.compile) for changing lengths and tree sizes."""
+        """Compile the base's forward (torch.compile) for changing lengths and tree sizes."""
         self._compiles = True
+        self._fast_body, self._fast_head = self._body, self._head
+        self._body.compile(dynamic=True)
 
     @property
     def compiles(self) -> bool:
-        """Tell whether decoding compiles the base's forward."""
+        """Tell whether the base's forward is compiled."""
         return self._compiles
 
     @property
@@ -166,11 +167,10 @@ class Verifier:
 
     def new_cache(self, batch_size: int, capacity: int) -> VerifierCache:
         """Make an empty cache of ``capacity`` tokens per row."""
-        twin: Any = self._twin.get()
-        self._fast_body, self._fast_head = twin.base_model, twin.get_output_embeddings()
-        if self._compiles and self._compiled_body is not self._fast_body:
-            self._compiled_body = self._fast_body
-            self._fast_body.compile(dynamic=True)
+        # The compiler does not take packed layers.
+        if not self._compiles:
+            twin: Any = self._twin.get()
+            self._fast_body, self._fast_head = twin.base_model, twin.get_output_embeddings()
         return VerifierCache(int(self._text_config.num_hidden_layers), batch_size, capacity)
 
     def decoding_modules(self) -> tuple[nn.Module, nn.Module]:
