@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from recurrent_drafting import Drafter, Verifier
-    from recurrent_drafting.data import Conversation, TokenDataset
+    from recurrent_drafting.data import TokenDataset
+    from recurrent_drafting.distillation import DistilConfig
     from recurrent_drafting.estimate import ExpectedData
     from recurrent_drafting.trainer import DrafterTrainer, TrainingArguments
 
@@ -255,9 +256,11 @@ def load_data(
     args: argparse.Namespace, verifier: Verifier, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[TokenDataset, TokenDataset]:
     """Load, cut and split the training rows: (training, evaluation)."""
-    from recurrent_drafting import data, distillation
+    from recurrent_drafting import data, distillation, estimate
 
     if args.dataset_name == "self":
+        expected = estimate.self_written(verifier, tokenizer, args.max_train_samples)
+        require_consent(args, verifier, expected, "or --dataset_name with replies of your own")
         rows = distillation.self_rows(verifier, tokenizer, Path(args.output_dir), args.max_train_samples)
     else:
         conversations, report = data.load_dataset_by_name(
@@ -268,7 +271,8 @@ def load_data(
         )
         print(f"data: {report.read} conversations from {args.dataset_name}, left out {report.skipped or 'none'}")
         if args.targets == "regenerated":
-            require_consent(args, verifier, tokenizer, conversations)
+            expected = estimate.written_replies(conversations, tokenizer, args.model_max_length)
+            require_consent(args, verifier, expected, "or --targets ground_truth")
             rows = distillation.regenerate(conversations, verifier, tokenizer, args.model_max_length)
         else:
             rows, encoded = data.encode_all(
@@ -293,18 +297,17 @@ def load_data(
         f"{len(evaluation)} evaluation rows, {cut} cut at {args.model_max_length} tokens, "
         f"{made - len(rows)} left out without a reply token before that"
     )
-    if args.targets == "distilled":
+    if (config := distil_config(args)) is not None:
         if args.phase == "train":
-            training = distilled(args, verifier, training, args.distill_max_examples)
-        evaluation = distilled(args, verifier, evaluation, None)
+            training = distilled(config, verifier, training, args.distill_max_examples)
+        evaluation = distilled(config, verifier, evaluation, None)
     return training, evaluation
 
 
-def distilled(args: argparse.Namespace, verifier: Verifier, rows: TokenDataset, limit: int | None) -> TokenDataset:
+def distilled(config: DistilConfig, verifier: Verifier, rows: TokenDataset, limit: int | None) -> TokenDataset:
     """Give the first ``limit`` rows the base's own continuations at every position; leave the others out."""
     from recurrent_drafting import data, distillation
 
-    config = distillation.DistilConfig(args.distill_num_future_tokens, args.distill_temperature, args.seed)
     start = time.perf_counter()
     found = data.TokenDataset(distillation.distil(rows.rows[:limit], verifier, config))
     positions = sum(len(row.continuations) for row in found.rows if row.continuations is not None)
@@ -315,27 +318,22 @@ def distilled(args: argparse.Namespace, verifier: Verifier, rows: TokenDataset, 
     return found
 
 
-def require_consent(
-    args: argparse.Namespace, verifier: Verifier, tokenizer: PreTrainedTokenizerBase, conversations: list[Conversation]
-) -> None:
-    """Stop before days of writing replies that nobody asked for.
+def distil_config(args: argparse.Namespace) -> DistilConfig | None:
+    """Return how targets are distilled, None if they are not."""
+    from recurrent_drafting.distillation import DistilConfig
 
-    Raises:
-        UsageError: it would take long, and neither --yes nor --max_train_samples is given.
-    """
+    if args.targets != "distilled":
+        return None
+    return DistilConfig(args.distill_num_future_tokens, args.distill_temperature, args.seed)
+
+
+def require_consent(args: argparse.Namespace, verifier: Verifier, expected: ExpectedData, instead: str) -> None:
+    """Stop before hours of writing, unless --yes or --max_train_samples was given; print what is written."""
     from recurrent_drafting import estimate
 
-    if args.yes or args.max_train_samples is not None:
+    if args.yes or args.max_train_samples is not None or not expected.replies_written:
         return
-    expected = estimate.written_replies(conversations, tokenizer, args.model_max_length)
-    hours = estimate.writing_seconds(verifier, expected) / 3600
-    replies = f"{expected.replies_written} replies of the base, at most {hours:.2f} h"
-    print(f"regenerated targets: {replies}")
-    if hours > estimate.LARGE_HOURS:
-        raise UsageError(
-            f"--targets regenerated takes {replies}: pass --yes to start, --max_train_samples N for a part, "
-            "or --targets ground_truth"
-        )
+    print(f"data to be written: {estimate.require_consent(verifier, expected, instead)}")
 
 
 def expect_data(args: argparse.Namespace, verifier: Verifier, tokenizer: PreTrainedTokenizerBase) -> ExpectedData:
@@ -355,7 +353,7 @@ def expect_data(args: argparse.Namespace, verifier: Verifier, tokenizer: PreTrai
 
 def dry_run(args: argparse.Namespace, training: TrainingArguments) -> int:
     """Print the resolved run and what it would take; train nothing, write nothing."""
-    from dataclasses import fields
+    from dataclasses import fields, replace
 
     from recurrent_drafting import estimate
     from recurrent_drafting.data import TokenDataset, load_tokenizer
@@ -366,6 +364,8 @@ def dry_run(args: argparse.Namespace, training: TrainingArguments) -> int:
     verifier = load_base(args, training)
     tokenizer = load_tokenizer(args.llm_name_or_path, args.revision, trust_remote_code=args.trust_remote_code)
     expected = expect_data(args, verifier, tokenizer)
+    if args.targets == "distilled" and args.distill_max_examples is not None:
+        expected = replace(expected, count=min(expected.count, args.distill_max_examples))
     rows = TokenDataset(expected.rows)
     with tempfile.TemporaryDirectory(prefix="dry-run-") as scratch:
         training.output_dir, training.report_to = scratch, []
@@ -373,7 +373,8 @@ def dry_run(args: argparse.Namespace, training: TrainingArguments) -> int:
         with contextlib.redirect_stdout(io.StringIO()):
             drafter = make_drafter(args, verifier, rows, tokenizer)
         trainer = make_trainer(training, verifier, drafter, (rows, rows))
-        found = estimate.run(trainer, expected, stored_states=bool(args.hidden_state_cache or args.quick))
+        stored = bool(args.hidden_state_cache or args.quick)
+        found = estimate.run(trainer, expected, stored_states=stored, distilled=distil_config(args))
     print(
         f"data: {expected.count} rows of {expected.tokens_per_row:.0f} tokens, {expected.replies_written} to be written"
     )
@@ -490,7 +491,7 @@ def find_checkpoint(
     return None if path is None else str(path)
 
 
-def measure(args: argparse.Namespace, trainer: DrafterTrainer, tokenizer: Any) -> Path:
+def measure(args: argparse.Namespace, trainer: DrafterTrainer, tokenizer: Any, started: float) -> Path:
     """Decode MT-Bench prompts with drafter and baseline in turn; print and write the figures and the report."""
     from recurrent_drafting import evaluation, lossless
 
@@ -503,6 +504,7 @@ def measure(args: argparse.Namespace, trainer: DrafterTrainer, tokenizer: Any) -
     decoder = evaluation.speculative_decoder(trainer.verifier, trainer.drafter, settings)
     result = evaluation.compare(trainer.verifier, decoder, tokenizer, questions, settings)
     path = Path(args.output_dir) / "quick_results.json"
+    result["quick_seconds"] = time.perf_counter() - started
     evaluation.write_json(result, path)
     print(evaluation.format_summary(result["summary"]))
     write_report(args, trainer, {path.stem: result})
@@ -557,7 +559,7 @@ def finish(args: argparse.Namespace, trainer: DrafterTrainer, rows: TokenDataset
     tracking.log_table(trainer.callback_handler.callbacks, table, trainer.state.global_step)
 
 
-def execute(args: argparse.Namespace, training: TrainingArguments) -> int:
+def execute(args: argparse.Namespace, training: TrainingArguments, started: float) -> int:
     """Run what the command line asks for."""
     from recurrent_drafting import distributed, tracking
     from recurrent_drafting.data import load_tokenizer
@@ -577,16 +579,18 @@ def execute(args: argparse.Namespace, training: TrainingArguments) -> int:
             trainer.train(resume_from_checkpoint=checkpoint)
             finish(args, trainer, evaluation_rows)
     if training.process_index == 0:
-        conclude(args, trainer, tokenizer)
+        conclude(args, trainer, tokenizer, started)
     return 0
 
 
-def conclude(args: argparse.Namespace, trainer: DrafterTrainer, tokenizer: PreTrainedTokenizerBase) -> None:
+def conclude(
+    args: argparse.Namespace, trainer: DrafterTrainer, tokenizer: PreTrainedTokenizerBase, started: float
+) -> None:
     """Write the report; after --quick measure first, and say what to run next."""
     if not args.quick:
         write_report(args, trainer, {})
         return
-    print(f"results: {measure(args, trainer, tokenizer)}")
+    print(f"results: {measure(args, trainer, tokenizer, started)}")
     print(
         "next:\n"
         f"  python generate_speculator.py --interactive --speculator_path {args.output_dir}\n"
@@ -596,6 +600,7 @@ def conclude(args: argparse.Namespace, trainer: DrafterTrainer, tokenizer: PreTr
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and run it; return the exit code."""
+    started = time.perf_counter()
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
 
     def body() -> int:
@@ -607,7 +612,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.dry_run:
                 return dry_run(args, training)
             with claim_output_dir(args) if training.should_save else nullcontext():
-                return execute(args, training)
+                return execute(args, training, started)
 
     return cli.run(body, debug)
 

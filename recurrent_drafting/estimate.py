@@ -18,15 +18,23 @@ import torch
 from recurrent_drafting import data
 from recurrent_drafting.data import Conversation, EncodedRow
 from recurrent_drafting.decoding import AutoregressiveDecoder
-from recurrent_drafting.distillation import REPLY_BATCH, SELF_ROWS, SelfDataConfig, packaged_rows, user_header
-from recurrent_drafting.errors import DataError
+from recurrent_drafting.distillation import (
+    REPLY_BATCH,
+    SELF_ROWS,
+    DistilConfig,
+    SelfDataConfig,
+    distil,
+    packaged_rows,
+    user_header,
+)
+from recurrent_drafting.errors import DataError, UsageError
 from recurrent_drafting.trainer import DrafterTrainer
 from recurrent_drafting.verifier import Verifier
 
 T = TypeVar("T")
 # Regeneration above this needs a word from the user.
 LARGE_HOURS = 1.0
-_SAMPLE, _TIMED_TOKENS = 64, 8
+_SAMPLE, _TIMED_TOKENS, _DISTILLED = 64, 8, 4
 # Per trained parameter: float32 weight, gradient and two moments; a checkpoint holds no gradient.
 _BYTES_IN_MEMORY, _BYTES_ON_DISK, _WEIGHT_BYTES = 16, 12, 4
 _STATE_BYTES = torch.bfloat16.itemsize
@@ -51,6 +59,11 @@ class ExpectedData:
         """Return the mean length of a row, in tokens."""
         return sum(len(row.input_ids) for row in self.rows) / len(self.rows)
 
+    @property
+    def supervised_per_row(self) -> float:
+        """Return the mean number of reply tokens of a row."""
+        return sum(sum(row.loss_mask) for row in self.rows) / len(self.rows)
+
 
 @dataclass(frozen=True)
 class RunEstimate:
@@ -60,6 +73,7 @@ class RunEstimate:
         trainable: parameters of the drafter.
         steps: optimizer steps.
         data_seconds: to write replies, at most.
+        distil_seconds: to distil targets.
         cache_seconds: to store hidden states.
         training_seconds: of all steps.
         memory: bytes that the process needed for a step, and what base and drafter hold of them.
@@ -69,6 +83,7 @@ class RunEstimate:
     trainable: int
     steps: int
     data_seconds: float
+    distil_seconds: float
     cache_seconds: float
     training_seconds: float
     memory: tuple[int, int, int]
@@ -78,13 +93,14 @@ class RunEstimate:
         """Return the estimate in four lines."""
         peak, base, drafter = (size / 1e9 for size in self.memory)
         models, states = (size / 1e6 for size in self.disk)
-        total = self.data_seconds + self.cache_seconds + self.training_seconds
+        total = self.data_seconds + self.distil_seconds + self.cache_seconds + self.training_seconds
         return "\n".join(
             [
                 f"trainable parameters: {self.trainable / 1e6:.2f} M",
                 f"memory: {peak:.2f} GB at a step's peak; base {base:.2f} GB, drafter and optimizer {drafter:.2f} GB",
                 f"disk: {models:.0f} MB of drafter and checkpoints, {states:.0f} MB of hidden states",
                 f"time: {total / 3600:.2f} h for {self.steps} steps; replies at most {self.data_seconds / 3600:.2f} h, "
+                f"distilled targets {self.distil_seconds / 3600:.2f} h, "
                 f"hidden states {self.cache_seconds / 3600:.2f} h, training {self.training_seconds / 3600:.2f} h",
             ]
         )
@@ -163,13 +179,49 @@ def writing_seconds(verifier: Verifier, expected: ExpectedData) -> float:
     return expected.replies_written / len(prompts) * (prefill + step * new_tokens)
 
 
-def run(trainer: DrafterTrainer, expected: ExpectedData, *, stored_states: bool) -> RunEstimate:
+def require_consent(verifier: Verifier, expected: ExpectedData, instead: str) -> str:
+    """Stop before hours of writing replies that nobody asked for.
+
+    Args:
+        verifier: the base.
+        expected: the data.
+        instead: other ways, for the message.
+
+    Returns:
+        How many replies will be written, and how long that takes at most.
+
+    Raises:
+        UsageError: it would take more than ``LARGE_HOURS``.
+    """
+    hours = writing_seconds(verifier, expected) / 3600
+    replies = f"{expected.replies_written} replies of the base, at most {hours:.2f} h"
+    if expected.replies_written and hours > LARGE_HOURS:
+        raise UsageError(f"this data takes {replies}: pass --yes to start, --max_train_samples N for a part, {instead}")
+    return replies
+
+
+def distilling_seconds(verifier: Verifier, expected: ExpectedData, config: DistilConfig | None) -> float:
+    """Return how long the continuations of all rows take; distils a few rows to time them."""
+    if config is None:
+        return 0.0
+    rows = expected.rows[:: max(len(expected.rows) // _DISTILLED, 1)][:_DISTILLED]
+    distil(rows[:1], verifier, config)  # the first one warms up
+    start = time.perf_counter()
+    distil(rows, verifier, config)
+    seconds = time.perf_counter() - start
+    return seconds * expected.count * expected.supervised_per_row / sum(sum(row.loss_mask) for row in rows)
+
+
+def run(
+    trainer: DrafterTrainer, expected: ExpectedData, *, stored_states: bool, distilled: DistilConfig | None = None
+) -> RunEstimate:
     """Estimate a run from one timed step of the real models.
 
     Args:
         trainer: of the run, over the sampled rows; its drafter is stepped once.
         expected: the data.
         stored_states: hidden states are computed once and stored.
+        distilled: how targets are distilled, None if they are not.
     """
     args, drafter, verifier = trainer.args, trainer.drafter, trainer.verifier
     forward, step = _timed_step(trainer, expected)
@@ -185,6 +237,7 @@ def run(trainer: DrafterTrainer, expected: ExpectedData, *, stored_states: bool)
         trainable=trainable,
         steps=steps,
         data_seconds=writing_seconds(verifier, expected),
+        distil_seconds=distilling_seconds(verifier, expected, distilled),
         cache_seconds=expected.count * forward if stored_states else 0.0,
         training_seconds=rows * (step + (0.0 if stored_states else forward)),
         memory=(_peak_memory(), base, trainable * _BYTES_IN_MEMORY),

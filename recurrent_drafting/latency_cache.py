@@ -77,6 +77,7 @@ def _key(verifier: Verifier, drafter: Drafter, beam: BeamConfig) -> dict[str, An
         "format": _FORMAT,
         "verifier": hashlib.sha256(config.encode()).hexdigest(),
         "attention": verifier.model.config._attn_implementation,
+        "compiled": verifier.compiles,
         "dtype": str(verifier.dtype),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {processor()}",
         "threads": torch.get_num_threads(),

@@ -73,6 +73,7 @@ class Verifier:
         # What decoding runs; the model's twin takes over with the first cache.
         self._twin: nn.Module = model
         self._fast_body, self._fast_head = self._body, self._head
+        self._compiles = False
         self._embedding: nn.Module = model.get_input_embeddings()
         # transformers 5.24 renamed the argument.
         names = inspect.signature(self._body.forward).parameters
@@ -113,8 +114,15 @@ class Verifier:
         return cls(model, name_or_path=name_or_path, fingerprint=fingerprint)
 
     def compile(self) -> None:
-        """Compile the forward of the base (torch.compile) for changing lengths and tree sizes."""
+        """Compile the base's forward (torch.compile) for changing lengths and tree sizes."""
+        self._compiles = True
+        self._fast_body, self._fast_head = self._body, self._head
         self._body.compile(dynamic=True)
+
+    @property
+    def compiles(self) -> bool:
+        """Tell whether the base's forward is compiled."""
+        return self._compiles
 
     @property
     def device(self) -> torch.device:
@@ -161,7 +169,8 @@ class Verifier:
 
     def new_cache(self, batch_size: int, capacity: int) -> VerifierCache:
         """Make an empty cache of ``capacity`` tokens per row."""
-        twin: Any = decoding_twin(self.model)
+        # The compiler does not take packed layers.
+        twin: Any = self.model if self._compiles else decoding_twin(self.model)
         if twin is not self._twin:
             self._twin = twin
             self._use_twin(twin)

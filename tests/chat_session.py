@@ -97,7 +97,7 @@ class TerminalChat:
         while not self._unread.strip() and time.monotonic() < end:
             self._read(0.05)
 
-    def end(self, seconds: float = 60.0) -> int:
+    def end(self, seconds: float = 300.0) -> int:
         """Read to the end and return the exit code."""
         until = time.monotonic() + seconds
         while self._read(0.2) and time.monotonic() < until:
@@ -191,7 +191,7 @@ class Player:
         self.session.replies.append(self.until_prompt())
 
 
-def play(chat: TerminalChat, folder: Path, patience: float = 120.0) -> Session:
+def play(chat: TerminalChat, folder: Path, patience: float = 300.0) -> Session:
     """Hold the conversation of twelve turns.
 
     Args:
@@ -267,7 +267,7 @@ def main() -> int:
             arguments += ["--speculator_path", str(Path(args.drafter).resolve())]
         chat = TerminalChat([*arguments, "--max_generation_length", args.max_generation_length], Path.cwd())
         try:
-            session = play(chat, folder, patience=300.0)
+            session = play(chat, folder, patience=600.0)
         finally:
             sys.stdout.write(chat.seen)
             chat.close()

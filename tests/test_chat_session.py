@@ -12,7 +12,7 @@ import pytest
 from tests import chat_session
 from tests.chat_session import CTRL_C, FIGURES, GREEN, PROMPT, ROOT, TerminalChat
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 LENGTH = ["--max_generation_length", "48"]
 
 
@@ -56,16 +56,16 @@ def test_twelve_turns_with_every_command(arguments: list[str], tmp_path: Path) -
 def test_a_paste_of_several_lines_is_one_message(arguments: list[str], tmp_path: Path) -> None:
     chat = TerminalChat(arguments, tmp_path)
     try:
-        chat.wait_for(PROMPT, 120)
+        chat.wait_for(PROMPT, 300)
         chat.send(f"{chat_session.PASTE[0]}first\rsecond\r\rlast{chat_session.PASTE[1]}\r")
-        chat.wait_for("tok/s", 120)
-        chat.wait_for("\n" + PROMPT, 60)
+        chat.wait_for("tok/s", 300)
+        chat.wait_for("\n" + PROMPT, 300)
         chat.send(CTRL_C)  # at the prompt it does not leave
-        chat.wait_for("(/exit leaves)", 60)
+        chat.wait_for("(/exit leaves)", 300)
         chat.send("/stats\r")
-        assert "1 replies" in chat.wait_for("\n" + PROMPT, 60)
+        assert "1 replies" in chat.wait_for("\n" + PROMPT, 300)
         chat.send("/save chat.json\r/exit\r")
-        assert chat.end() == 0
+        assert chat.end(300) == 0
     finally:
         chat.close()
     assert '"content": "first\\nsecond\\n\\nlast"' in (tmp_path / "chat.json").read_text()
@@ -74,11 +74,11 @@ def test_a_paste_of_several_lines_is_one_message(arguments: list[str], tmp_path:
 def test_no_colour_where_none_is_wanted(arguments: list[str], tmp_path: Path) -> None:
     chat = TerminalChat(arguments, tmp_path, {"NO_COLOR": "1"})
     try:
-        chat.wait_for(PROMPT, 120)
+        chat.wait_for(PROMPT, 300)
         chat.send("Hello.\r")
-        assert FIGURES.search(chat.wait_for("\n" + PROMPT, 120))
+        assert FIGURES.search(chat.wait_for("\n" + PROMPT, 300))
         chat.send("/exit\r")
-        assert chat.end() == 0
+        assert chat.end(300) == 0
     finally:
         chat.close()
     assert GREEN not in chat.seen

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from recurrent_drafting import estimate
+from recurrent_drafting import distillation, estimate
 from recurrent_drafting.checkpoint import load_drafter
 from recurrent_drafting.config import BeamConfig
 from recurrent_drafting.data import Turn
@@ -142,18 +142,35 @@ def test_many_replies_need_a_word(
 ) -> None:
     monkeypatch.setattr(estimate, "LARGE_HOURS", 0.0)
     assert run(base, chats) == 2
-    captured = capsys.readouterr()
-    assert re.search(r"regenerated targets: 40 replies of the base, at most \d+\.\d\d h", captured.out)
-    [line] = [line for line in captured.err.splitlines() if line.startswith("error: ")]
-    assert "--yes" in line and "--max_train_samples" in line
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert re.search(r"takes 40 replies of the base, at most \d+\.\d\d h: pass --yes", line)
+    assert "--targets ground_truth" in line and "--max_train_samples" in line
     assert list(Path("out").iterdir()) == []
     assert run(base, chats, "--max_train_samples", "20") == 0
     assert run(base, chats, "--yes", "--output_dir", "other") == 0
 
 
+def test_many_rows_of_the_bases_own_need_a_word_too(
+    base: str, chats: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(estimate, "LARGE_HOURS", 0.0)
+    assert run(base, "self") == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert f"{distillation.SELF_ROWS} replies of the base" in line and "--yes" in line and "--dataset_name" in line
+    assert list(Path("out").iterdir()) == []
+
+
+def test_a_dry_run_times_distilled_targets(base: str, chats: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--dry_run", "--targets", "distilled", "--distill_max_examples", "10"]
+    assert run(base, chats, *argv) == 0
+    out = capsys.readouterr().out
+    assert "data: 10 rows of" in out and re.search(r"distilled targets \d+\.\d\d h", out)
+    assert not Path("out").exists()
+
+
 def test_few_replies_need_none(base: str, chats: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(base, chats) == 0
-    assert "regenerated targets: 40 replies of the base, at most 0.00 h" in capsys.readouterr().out
+    assert "data to be written: 40 replies of the base, at most 0.00 h" in capsys.readouterr().out
 
 
 # Estimates
@@ -180,3 +197,12 @@ def test_writing_time_grows_with_the_replies(base: str) -> None:
     short, long = (estimate.written_replies(turns * count, make_tokenizer(), 96) for count in (10, 1000))
     seconds = [estimate.writing_seconds(verifier, expected) for expected in (short, long)]
     assert 0 < 10 * seconds[0] < seconds[1]
+
+
+def test_distilling_time_grows_with_the_rows(base: str) -> None:
+    verifier, turns = load_verifier(Path(base)), [(Turn("user", "ab"), Turn("assistant", "cdefgh"))]
+    sets = [estimate.given_replies(turns * count, make_tokenizer(), 96, assistant_only=True) for count in (10, 1000)]
+    config = distillation.DistilConfig()
+    seconds = [estimate.distilling_seconds(verifier, expected, config) for expected in sets]
+    assert 0 < 10 * seconds[0] < seconds[1]
+    assert estimate.distilling_seconds(verifier, sets[0], None) == 0.0
