@@ -46,6 +46,7 @@ setup(
             "types-tqdm",
             "wheel",
         ],
+        "speculators": ["speculators==0.9.*"],
         "vllm": ["vllm"],
     },
     classifiers=[

@@ -10,12 +10,15 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from speculators import SpeculatorModel, SpeculatorModelConfig
+from speculators import SpeculatorModel, SpeculatorModelConfig, reload_schemas
 from torch import Tensor
 
 from recurrent_drafting import formats
 from recurrent_drafting.config import RecurrentDraftingConfig
 from recurrent_drafting.drafter import Drafter
+
+# transformers builds a config without arguments, to write what differs.
+_DEFAULT = RecurrentDraftingConfig()
 
 
 @SpeculatorModelConfig.register(formats.SPECULATORS_TYPE)
@@ -24,18 +27,22 @@ class RecurrentDraftingSpeculatorConfig(SpeculatorModelConfig):  # type: ignore[
 
     speculators_model_type: Literal["recurrent_drafting"] = "recurrent_drafting"
     architectures: list[str] = Field(default_factory=lambda: [formats.SPECULATORS_ARCHITECTURE])
-    hidden_size: int = Field(description="width H of the verifier's hidden state")
-    vocab_size: int = Field(description="the verifier's vocabulary V")
-    draft_vocab_size: int = Field(description="tokens that can be drafted, V_d")
-    exit_dim: int = Field(description="width D of the residual blocks")
-    num_draft_layers: int = Field(description="residual blocks before the head")
-    rnn: bool = Field(default=RecurrentDraftingConfig.rnn, description="update the state by the recurrence")
-    emb_norm: bool = Field(default=RecurrentDraftingConfig.emb_norm, description="normalise token embeddings")
+    hidden_size: int = Field(default=_DEFAULT.hidden_size, description="width H of the verifier's hidden state")
+    vocab_size: int = Field(default=_DEFAULT.vocab_size, description="the verifier's vocabulary V")
+    draft_vocab_size: int = Field(default=_DEFAULT.vocab_size, description="tokens that can be drafted, V_d")
+    exit_dim: int = Field(default=_DEFAULT.hidden_size, description="width D of the residual blocks")
+    num_draft_layers: int = Field(default=_DEFAULT.num_draft_layers, description="residual blocks before the head")
+    rnn: bool = Field(default=_DEFAULT.rnn, description="update the state by the recurrence")
+    emb_norm: bool = Field(default=_DEFAULT.emb_norm, description="normalise token embeddings")
 
     def drafter_config(self) -> RecurrentDraftingConfig:
         """Return the shape of the drafter."""
         names = ("hidden_size", "vocab_size", "exit_dim", "num_draft_layers", "rnn", "emb_norm", "draft_vocab_size")
         return RecurrentDraftingConfig(**{name: getattr(self, name) for name in names})
+
+
+# The library's unions of known algorithms are built before this one joins them.
+reload_schemas()
 
 
 @SpeculatorModel.register(formats.SPECULATORS_TYPE)

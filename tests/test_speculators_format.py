@@ -130,7 +130,10 @@ def loosen(record: dict[str, Any]) -> None:
             lambda folder: edit(folder, lambda tensors: tensors.update({"lm_head.weight": torch.ones(30, 3)})),
             "expected lm_head.weight of shape [30, 12] by config.json, got [30, 3]",
         ),
-        (lambda folder: edit(folder, lambda tensors: tensors["rnn_u.bias"].fill_(float("nan"))), "rnn_u.bias holds NaN"),
+        (
+            lambda folder: edit(folder, lambda tensors: tensors["rnn_u.bias"].fill_(float("nan"))),
+            "rnn_u.bias holds NaN",
+        ),
     ],
 )
 def test_what_is_damaged_or_of_another_kind_is_refused(

@@ -19,7 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from recurrent_drafting import BeamConfig, Drafter, RecurrentDraftingConfig, beam_search
 
-vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
+pytest.importorskip("vllm", reason="vLLM is not installed")
+import vllm
+
 from recurrent_drafting import vllm_proposer
 
 PROPOSER = "recurrent_drafting.vllm_proposer.RecurrentDraftingProposer"
@@ -187,7 +189,7 @@ def crowded(tiny: Tiny) -> Iterator[Engine]:
     """An engine with a token budget of two chains and a bit, and too few blocks for its four requests."""
     with in_this_process():
         yield Engine(
-            tiny, max_num_seqs=4, max_num_batched_tokens=10, enable_chunked_prefill=True, num_gpu_blocks_override=9
+            tiny, max_num_seqs=4, max_num_batched_tokens=10, enable_chunked_prefill=True, num_gpu_blocks_override=6
         )
 
 
@@ -259,7 +261,7 @@ def test_sampled_text_follows_the_seed(roomy: Engine) -> None:
 
 
 def test_sampled_text_has_the_bases_distribution(tiny: Tiny, roomy: Engine) -> None:
-    [prompt], count, temperature = prompts(1, seed=11), 1200, 0.7
+    [prompt], count, temperature = prompts(1, seed=11), 800, 0.7
     written = torch.tensor(tokens(roomy.write([prompt] * count, [3] * count, temperature=temperature)))
     with torch.no_grad():
         first = (tiny.model(torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1)
@@ -269,7 +271,7 @@ def test_sampled_text_has_the_bases_distribution(tiny: Tiny, roomy: Engine) -> N
     drawn = torch.multinomial(expected.flatten(), count, replacement=True).bincount(minlength=VOCAB**2) / count
     distance, noise = ((found - expected.flatten()).abs().sum() / 2 for found in (pairs.flatten(), drawn))
     # The second token is the first that was verified.
-    assert distance < noise + 0.06
+    assert distance < noise + 0.08
 
 
 def test_chunked_prefill_trimmed_drafts_and_preemption(tiny: Tiny, crowded: Engine) -> None:
