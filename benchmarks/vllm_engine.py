@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """The drafter in the real vLLM engine: text, acceptance and tokens per second against vLLM without it.
 
-Engines of one process take turns on the same prompts: plain vLLM, vLLM's n-gram method, this drafter.
+Engines of one process take turns on the same prompts: plain vLLM, vLLM's n-gram method, this drafter. Counters of drafts
+are read from the last of them.
 Needs vLLM (``pip install -e ".[vllm]"``).
 
 Example:
@@ -41,7 +42,10 @@ class Run:
         self.texts = [list(output.outputs[0].token_ids) for output in outputs]
 
     def drafted(self) -> dict[str, Any]:
-        """Return vLLM's own counters of drafts, since the engine began."""
+        """Return vLLM's own counters of drafts, since the engine began.
+
+        They are the process's: an engine that starts takes them over, so they are those of the last one.
+        """
         prefix = "vllm:spec_decode_"
         found = [metric for metric in self.engine.get_metrics() if metric.name.startswith(prefix)]
         return {
@@ -90,7 +94,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for run in runs.values():
         run.go(prompts[: args.concurrency], parameters)
         run.seconds.clear()
-    before = {name: run.drafted() for name, run in runs.items()}
+    before = runs[list(runs)[-1]].drafted()
     for round_ in range(args.rounds):
         names = list(runs)
         for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
@@ -98,21 +102,21 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return _record(args, runs, before)
 
 
-def _record(args: argparse.Namespace, runs: dict[str, Run], before: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _record(args: argparse.Namespace, runs: dict[str, Run], before: dict[str, Any]) -> dict[str, Any]:
     import vllm
 
     plain = runs["plain"].texts if "plain" in runs else None
-    engines = {}
+    engines, last = {}, list(runs)[-1]
+    now = runs[last].drafted()
+    counts = {key: _difference(now[key], before.get(key)) for key in now}
     for name, run in runs.items():
         tokens = sum(map(len, run.texts))
-        now = run.drafted()
-        counts = {key: _difference(now[key], before[name].get(key)) for key in now}
         engines[name] = {
             "tokens": tokens,
             "seconds": run.seconds,
             "tokens_per_second": tokens / statistics.median(run.seconds),
             "identical_to_plain": None if plain is None else sum(a == b for a, b in zip(run.texts, plain, strict=True)),
-            "drafts": counts,
+            "drafts": counts if name == last else None,
         }
     names = ("dtype", "prompts", "new_tokens", "concurrency", "rounds", "drafts", "temperature", "seed")
     return {
