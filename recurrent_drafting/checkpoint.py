@@ -265,8 +265,11 @@ def _check_header(path: Path) -> None:
         raise ModelError(
             f"drafter {path}: {CONFIG} declares {config.num_draft_layers} layers, {WEIGHTS} holds {len(found)} tensors"
         )
-    with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in Drafter(config).state_dict().items()}
+    try:
+        with torch.device("meta"):
+            expected = {name: tuple(tensor.shape) for name, tensor in Drafter(config).state_dict().items()}
+    except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond 64 bits
+        raise ModelError(f"drafter {path}: {CONFIG} declares sizes that cannot be: {_first_line(error)}") from error
     if any(name.startswith("lm_head.") for name in found):
         raise ModelError(
             f"drafter {path}: {WEIGHTS} is in Apple's layout; run: python -m recurrent_drafting.checkpoint import "

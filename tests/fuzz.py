@@ -263,6 +263,7 @@ KEPT: dict[str, list[bytes]] = {
         b"[" * 100_000,
         b'{"model_type": "recurrent_drafting_drafter", "hidden_size": 32, "vocab_size": 258,'
         b'"num_draft_layers": 1, "dtype": true}',
+        b'{"model_type": "recurrent_drafting_drafter", "vocab_size": 9223372036854775808}',
     ],
     "base config": [b'{"num_hidden_layers": 1000000000}', b"[" * 100_000],
 }
