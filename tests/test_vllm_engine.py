@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from recurrent_drafting import BeamConfig, Drafter, RecurrentDraftingConfig, beam_search
+from recurrent_drafting import BeamConfig, Drafter, RecurrentDraftingConfig, Verifier, beam_search, distillation
+from recurrent_drafting.distillation import Request
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 import vllm
@@ -26,6 +28,7 @@ from recurrent_drafting import vllm_proposer
 
 PROPOSER = "recurrent_drafting.vllm_proposer.RecurrentDraftingProposer"
 VOCAB, HIDDEN, LENGTH, MAX_MODEL_LEN, BLOCK = 32, 64, 3, 160, 32
+EOS = 2
 pytestmark = pytest.mark.slow
 
 
@@ -56,8 +59,16 @@ class Tiny:
                 layer.mlp.down_proj.weight.mul_(0.03)
         self.base, self.speculator = str(folder / "base"), str(folder / "drafter")
         self.model.save_pretrained(self.base)
+        self.save_tokenizer()
         self.drafter = self.trained_drafter()
         self.drafter.save_pretrained(self.speculator)
+
+    def save_tokenizer(self) -> None:
+        """Make the tokens the words t0, t1, ..., so that a text says which they are."""
+        words = Tokenizer(models.WordLevel({f"t{token}": token for token in range(VOCAB)}, unk_token="t0"))
+        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        words.decoder = decoders.Fuse()
+        PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t2", bos_token="t1").save_pretrained(self.base)
 
     def trained_drafter(self) -> Drafter:
         texts = self.continue_all(torch.tensor(prompts(128, seed=9)), 48)
@@ -296,3 +307,25 @@ def test_prompt_log_probabilities_beside_decoding(tiny: Tiny, crowded: Engine) -
         found = [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
         own = expected[:-1].gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
         torch.testing.assert_close(torch.tensor(found), own, atol=1e-3, rtol=1e-3)
+
+
+def test_the_data_engine_writes_what_transformers_write(tiny: Tiny) -> None:
+    greedy = [Request(ids, seed, 0.0) for seed, ids in enumerate(prompts(12, seed=13, length=9))]
+    sampled = [Request(ids, 100 + seed, 1.0, 0.03) for seed, ids in enumerate(prompts(4, seed=14))]
+    with in_this_process():
+        engine = distillation.VllmEngine(tiny.base, MAX_MODEL_LEN)
+        rows, again = (engine.generate([*greedy, *sampled], 40) for _ in range(2))
+    assert rows == again
+    verifier = Verifier(LlamaForCausalLM.from_pretrained(tiny.base).eval(), name_or_path=tiny.base)
+    expected = distillation.TransformersEngine(verifier).generate(greedy, 40)
+    for request, row, other in zip(greedy, rows, expected, strict=False):
+        split = next((i for i, pair in enumerate(zip(row, other, strict=False)) if pair[0] != pair[1]), None)
+        if split is None:
+            assert len(row) == len(other)
+            continue
+        # This engine is bfloat16, so it may part from float32 where two tokens are about as likely.
+        with torch.no_grad():
+            scores = tiny.model(torch.tensor([request.prompt + row[:split]])).logits[0, -1]
+        assert float(scores[other[split]] - scores[row[split]]) < 0.03 * float(scores.max() - scores.min())
+    assert sum(row == other for row, other in zip(rows, expected, strict=False)) >= len(greedy) / 2
+    assert all(all(token != EOS for token in row[:-1]) and 1 <= len(row) <= 40 for row in rows)
