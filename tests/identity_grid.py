@@ -1,6 +1,7 @@
-"""The full identity grid: families, attentions, beams, settings, seeds, batches, padding and drafters, in float64.
+"""The full identity grid: families, attentions, beams, settings, seeds, batches, padding and drafters.
 
 ``python -m tests.identity_grid --output benchmarks/results/identity-grid.json``; a small part runs in test_families.
+With ``--dtype float32`` the models decode from packed weights, as they do in use.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from recurrent_drafting import Verifier, cli, evaluation
@@ -35,13 +37,13 @@ def with_drafter(case: Case, drafter: str, rng: random.Random) -> Case:
     return replace(case, oracle=False) if span is None else replace(case, oracle=True, probability=rng.uniform(*span))
 
 
-def run(cases: int) -> dict[str, object]:
-    """Run the grid; return what was found."""
+def run(cases: int, dtype: str) -> dict[str, object]:
+    """Run the grid; return what was found. In float32 the models decode from their packed twins."""
     counts: Counter[str] = Counter()
     different: list[str] = []
     grid = variants()
     for name, attention, windowed in tqdm(grid, desc="identity grid", unit="variant"):
-        verifier = Verifier(FAMILIES[name].model(attention, windowed=windowed))
+        verifier = Verifier(FAMILIES[name].model(attention, windowed=windowed).to(getattr(torch, dtype)))
         rng = random.Random(f"{name} {attention} {windowed}")
         for index in range(cases):
             drafter = list(DRAFTERS)[index % len(DRAFTERS)]
@@ -56,7 +58,7 @@ def run(cases: int) -> dict[str, object]:
                 counts["oracle_partly_accepted"] += decoder.partly_accepted
                 counts["oracle_non_contiguous"] += decoder.moved
     return {
-        "command": f"python -m tests.identity_grid --cases {cases}",
+        "command": f"python -m tests.identity_grid --cases {cases} --dtype {dtype}",
         "machine": evaluation.machine(),
         "families": sorted({FAMILIES[name].model_type for name, _, _ in grid}),
         "variants": len(grid),
@@ -71,9 +73,10 @@ def main() -> int:
     """Parse the command line and run it."""
     parser = cli.ArgumentParser(prog="python -m tests.identity_grid", description=__doc__)
     parser.add_argument("--cases", type=int, default=40, help="cases per variant")
+    parser.add_argument("--dtype", choices=("float64", "float32"), default="float64")
     parser.add_argument("--output", type=Path)
     args: argparse.Namespace = parser.parse_args()
-    record = run(args.cases)
+    record = run(args.cases, args.dtype)
     if args.output:
         evaluation.write_json(record, args.output)
     print(
