@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from recurrent_drafting import SamplingConfig, Verifier, cli, data, evaluation
+from recurrent_drafting import BeamConfig, SamplingConfig, Verifier, cli, data, evaluation
 from recurrent_drafting.assets import DEFAULT_BASE
 from recurrent_drafting.checkpoint import load_drafter
 
@@ -58,6 +58,8 @@ def run(case: Case, args: argparse.Namespace, verifier: Verifier, tokenizer: Any
         max_new_tokens=args.new_tokens,
         batch_size=case.batch_size,
         sampling=SETTINGS[case.name],
+        # A fixed size: where drafting does not pay, a tree chosen by cost would hold the root alone and prove nothing.
+        beam=BeamConfig(max_nodes=args.max_tree_nodes),
     )
     decoder = evaluation.speculative_decoder(verifier, drafter, settings)
     record = evaluation.compare(verifier, decoder, tokenizer, questions, settings)
@@ -73,7 +75,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     drafter = load_drafter(args.speculator_path)
     record: dict[str, Any] = {
         "command": f"python benchmarks/mt_bench_identity.py --dtype {args.dtype} --prompts {args.prompts} "
-        f"--batch_size {args.batch_size} --prompts_alone {args.prompts_alone} --new_tokens {args.new_tokens}",
+        f"--batch_size {args.batch_size} --prompts_alone {args.prompts_alone} --new_tokens {args.new_tokens} "
+        f"--max_tree_nodes {args.max_tree_nodes}",
         "base_model": args.base_model,
         "machine": evaluation.machine(),
         "cases": {},
@@ -100,6 +103,7 @@ def main() -> int:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--prompts_alone", type=int, default=16, help="prompts decoded one by one as well")
     parser.add_argument("--new_tokens", type=int, default=128)
+    parser.add_argument("--max_tree_nodes", type=int, default=8)
     parser.add_argument("--output", type=Path)
     record = measure(parser.parse_args())
     structural = 0
