@@ -31,8 +31,8 @@ PROMPT = "> "
 CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
 PASTE = "\x1b[200~", "\x1b[201~"
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
-# What a line editor says to the terminal before and after a line.
-_MODES = re.compile(r"\x1b\[\?2004[hl]")
+# What a line editor says to the terminal before and after a line, and carriage returns.
+_MODES = re.compile(r"\x1b\[\?2004[hl]|\r")
 FIGURES = re.compile(r"\[(\d+) tokens, [\d.]+ s, [\d.]+ tok/s(, tau [\d.]+)?\]")
 # Opening its own terminal makes it the controlling one of a new session: Ctrl-C then comes as a signal.
 _TAKE_TERMINAL = (

@@ -61,7 +61,7 @@ def test_a_paste_of_several_lines_is_one_message(arguments: list[str], tmp_path:
         chat.wait_for("tok/s", 300)
         chat.wait_for("\n" + PROMPT, 300)
         chat.send(CTRL_C)  # at the prompt it does not leave
-        chat.wait_for("(/exit leaves)", 300)
+        chat.wait_for("(/exit leaves)\n" + PROMPT, 300)
         chat.send("/stats\r")
         assert "1 replies" in chat.wait_for("\n" + PROMPT, 300)
         chat.send("/save chat.json\r/exit\r")
