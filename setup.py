@@ -47,7 +47,7 @@ setup(
             "wheel",
         ],
         "speculators": ["speculators==0.9.*"],
-        "vllm": ["vllm"],
+        "vllm": ["vllm==0.32.*"],
     },
     classifiers=[
         "Intended Audience :: Science/Research",

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """The drafter in the real vLLM engine: text, acceptance and tokens per second against vLLM without it.
 
-Engines of one process take turns on the same prompts: plain vLLM, its n-gram method, this drafter. Counters of drafts
-are read from the last of them.
+Engines of one process take turns on the same prompts: plain vLLM, vLLM's n-gram method, this drafter. Counters of
+drafts are those of the last one.
 Needs vLLM (``pip install -e ".[vllm]"``).
 
 Example:

@@ -20,7 +20,7 @@ from tests.tiny import make_drafter, make_verifier
 
 pytest.importorskip("vllm")
 from recurrent_drafting import vllm_proposer
-from recurrent_drafting.vllm_proposer import RecurrentDraftingProposer, RejectionSampler, Sampler
+from recurrent_drafting.vllm_proposer import RecurrentDraftingProposer, RejectionSampler, Sampler, rejection_sampler
 
 LENGTH, MAX_MODEL_LEN = 3, 64
 VERIFIER = make_verifier("llama")
@@ -54,6 +54,8 @@ def engine(drafter: Drafter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Sampler, "forward", lambda _sampler: None)
     # As vLLM's does for the last row of each request.
     monkeypatch.setattr(RejectionSampler, "forward", lambda _sampler, _metadata: sample())
+    # The engine's own has kernels that only a worker sets up.
+    monkeypatch.setattr(rejection_sampler, "expand_batch_to_tokens", vllm_proposer.expand_batch_to_tokens)
     proposer = RecurrentDraftingProposer(config(speculator_path=str(tmp_path)))
     target = Target()
     proposer.load_model(target)
@@ -163,3 +165,21 @@ def test_a_drafter_of_another_size_and_an_unknown_vllm_are_refused(
     monkeypatch.setattr(vllm_proposer, "KNOWN_VERSIONS", ("9.9",))
     with pytest.raises(ModelError, match=r"not known to work.*9\.9\.x"):
         RecurrentDraftingProposer(config(speculator_path=str(tmp_path))).load_model(Target())
+
+
+def test_a_value_of_each_request_is_repeated_for_each_of_its_drafts() -> None:
+    expand, ends = vllm_proposer.expand_batch_to_tokens, torch.tensor([2, 2, 3], dtype=torch.int32)
+    assert expand(torch.tensor([0.5, 1.0, 0.0]), ends, 3, 0, 1).tolist() == [0.5, 0.5, 1.0]
+    assert expand(torch.tensor([7, 8, 9]), ends, 3).tolist() == [7, 7, 9]
+
+
+@pytest.mark.parametrize("works", [False, True])
+def test_the_engines_own_expansion_is_replaced_only_where_it_does_not_work(
+    works: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def own(x: Tensor, ends: Tensor, count: int) -> Tensor:
+        return vllm_proposer.expand_batch_to_tokens(x, ends, count) if works else x.new_zeros(count)
+
+    monkeypatch.setattr(rejection_sampler, "expand_batch_to_tokens", own)
+    vllm_proposer._mend_expansion(torch.device("cpu"))
+    assert (rejection_sampler.expand_batch_to_tokens is own) == works

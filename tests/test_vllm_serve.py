@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import signal
@@ -38,8 +39,18 @@ def server(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     speculation = json.dumps({"model": PROPOSER, "num_speculative_tokens": LENGTH})
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", tiny.base, "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager"]
+    command = [
+        *serve(tiny.base),
+        "--port",
+        str(port),
+        "--host",
+        "127.0.0.1",
+        "--served-model-name",
+        "tiny",
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+    ]
     command += ["--max-model-len", str(MAX_MODEL_LEN), "--speculative-config", speculation]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ, "RECURRENT_DRAFTING_SPECULATOR": tiny.speculator}
     log = tmp_path_factory.mktemp("server") / "log"
@@ -51,6 +62,13 @@ def server(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(timeout=60)
+
+
+def serve(base: str) -> list[str]:
+    """Return the start of the command: the command line tool of the package for CPUs does not find its own version."""
+    if "vllm" in {item.name for item in importlib.metadata.distributions()}:
+        return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", base]
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", base]
 
 
 def wait_for(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
