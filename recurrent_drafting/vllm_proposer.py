@@ -124,6 +124,8 @@ def _mend_expansion(device: torch.device) -> None:
     vLLM 0.32 on a CPU without Triton writes it into a copy that is thrown away, so that the rejection sampler
     divides by uninitialised memory: sampled text then has another distribution than the target's.
     """
+    if device.type != "cpu":
+        return
     values, ends = torch.tensor([0.5, 2.0], device=device), torch.tensor([1, 3], device=device)
     found = rejection_sampler.expand_batch_to_tokens(values, ends, 3)
     if found.tolist() != [0.5, 2.0, 2.0]:
