@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
 from recurrent_drafting import AutoregressiveDecoder, BeamConfig, SamplingConfig, SpeculativeDecoder
 from recurrent_drafting.chat import Chat, ChatSettings, Terminal
@@ -116,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--turns", type=int, default=500, help="of a chat (default %(default)s)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="soak-") as scratch:
         soak = Soak(Path(scratch))
         failed = False
