@@ -10,6 +10,7 @@ again; what was found once is kept in ``KEPT``.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import random
 import signal
@@ -219,9 +220,9 @@ def change_somewhere(content: Any, rng: random.Random) -> None:
         if rng.random() < 0.2:
             del content[key]
         elif isinstance(content, dict) and rng.random() < 0.2:
-            content[rng.choice(("", "x", "../x", "a\0", "\ud800", "__class__"))] = rng.choice(VALUES)
+            content[rng.choice(("", "x", "../x", "a\0", "\ud800", "__class__"))] = copy.deepcopy(rng.choice(VALUES))
         else:
-            content[key] = rng.choice(VALUES)
+            content[key] = copy.deepcopy(rng.choice(VALUES))
         return
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,13 +112,22 @@ def exhausted(*_: Any, **__: Any) -> Any:
     return torch.empty(EXBIBYTE, dtype=torch.uint8)
 
 
-def no_memory_above(nodes: int) -> Callable[..., VerifierOutput]:
-    verify = Verifier.verify
+def limit_memory(nodes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let decoding find no memory for larger trees; the trees that probe a base when it is loaded are spared."""
+    verify, probe, probing = Verifier.verify, Verifier._probe_tree, [False]
 
     def limited(self: Verifier, tree: DraftTree, cache: Any) -> VerifierOutput:
-        return exhausted() if tree.num_nodes > nodes else verify(self, tree, cache)
+        return exhausted() if tree.num_nodes > nodes and not probing[0] else verify(self, tree, cache)
 
-    return limited
+    def spared(self: Verifier, *args: Any) -> torch.Tensor:
+        probing[0] = True
+        try:
+            return probe(self, *args)
+        finally:
+            probing[0] = False
+
+    monkeypatch.setattr(Verifier, "verify", limited)
+    monkeypatch.setattr(Verifier, "_probe_tree", spared)
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 5, 11])
@@ -131,9 +139,7 @@ def test_trees_shrink_when_memory_runs_out(
     argv = ["--prompt", "hello", "--base_model", models.base, "--max_generation_length", "24", *more]
     assert generate(models, *argv, "--autoregressive") == 0
     expected = capsys.readouterr().out
-    monkeypatch.setattr(Verifier, "verify", no_memory_above(nodes))
-    # The probe verifies three nodes when the base is loaded; its own failure is another row.
-    monkeypatch.setattr(Verifier, "_probe", lambda _: None)
+    limit_memory(nodes, monkeypatch)
     assert generate(models, *argv, "--max_tree_nodes", "16") == 0
     assert capsys.readouterr().out == expected
     shrunk = [message for message in caplog.messages if message.startswith("no memory to verify")]
@@ -145,8 +151,7 @@ def test_trees_shrink_when_memory_runs_out(
 def test_no_memory_for_a_single_node(
     models: Models, more: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    monkeypatch.setattr(Verifier, "verify", no_memory_above(0))
-    monkeypatch.setattr(Verifier, "_probe", lambda _: None)
+    limit_memory(0, monkeypatch)
     argv = generate_argv(models, "--prompt", "hello", "--base_model", models.base, *more)
     line = refused(generate_speculator.main, argv, 5, capsys, f"{EXBIBYTE} bytes were wanted")
     assert "bytes were wanted, " in line and "are free" in line
