@@ -212,7 +212,7 @@ def _weight_files(path: Path) -> Iterator[Path]:
     if not isinstance(shards, dict) or not shards:
         raise ModelError(f"{path / INDEX}: expected a weight_map of shards, found none; save the model again")
     for name in sorted(set(map(str, shards.values()))):
-        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+        if not manifest.is_plain(name) or not name.endswith(".safetensors"):
             raise ModelError(f"{path / INDEX}: expected .safetensors files of its own directory, found {name!r}")
         yield path / name
 

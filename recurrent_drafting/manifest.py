@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -115,11 +116,16 @@ def read(directory: Path) -> dict[str, Any]:
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
         raise ModelError(f"{path}: expected files with size and SHA-256, found {type(files).__name__}; save it again")
     for name, entry in files.items():
-        if Path(name).name != name or name == ".." or "\0" in name:
+        if not is_plain(name):
             raise ModelError(f"{path}: expected file names of its own directory, found {name!r}")
         _compare(directory / name, entry)
     checked: dict[str, Any] = manifest
     return checked
+
+
+def is_plain(name: str) -> bool:
+    """Tell whether a name is that of a file of a directory itself, on any system."""
+    return re.fullmatch(r"(?!\.+$)[\w. -]{1,200}", name, re.ASCII) is not None
 
 
 def read_json(path: Path) -> Any:

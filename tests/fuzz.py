@@ -258,7 +258,13 @@ KEPT: dict[str, list[bytes]] = {
     ],
     "chat template": [template + b"\0{}" for template in (b"{{ 1 // 0 }}", b"{{ 'a' + 1 }}", b"{{ range(10**9) }}")],
     "manifest": [b"[" * 100_000, b'{"format_version": 1}'],
-    "index": [b"[" * 100_000, b'{"weight_map": [1]}', b'{"weight_map": {"a": 7}}'],
+    "index": [
+        b"[" * 100_000,
+        b'{"weight_map": [1]}',
+        b'{"weight_map": {"a": 7}}',
+        b'{"weight_map": {"a": "' + b"9" * 5000 + b'.safetensors"}}',
+        b'{"weight_map": {"a": "mod\\ud800el.safetensors"}}',
+    ],
     "drafter config": [
         b'{"model_type": "recurrent_drafting_drafter", "num_draft_layers": 1000000000}',
         b"[" * 100_000,

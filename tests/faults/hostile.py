@@ -254,6 +254,10 @@ DRAFTERS: dict[str, tuple[Damage, str]] = {
         manifested(lambda record: record["files"].update({"../x": {"size": 1, "sha256": "0"}})),
         "expected file names of its own directory",
     ),
+    "a manifest of endless names": (
+        manifested(lambda record: record["files"].update({"x" * 5000: {"size": 1, "sha256": "0"}})),
+        "expected file names of its own directory",
+    ),
     "a manifest of lists": (manifested(lambda record: record.update(files=[1])), "expected files with size"),
     "a manifest without files": (manifested(lambda record: record.pop("files")), "expected files with size"),
     "a manifest of the future": (manifested(lambda record: record.update(format_version=99)), "format_version"),
