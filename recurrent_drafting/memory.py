@@ -42,6 +42,11 @@ def free_bytes() -> int | None:
     """Return the free bytes of the accelerator in use, else of the machine; None where the system does not say."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return int(torch.cuda.mem_get_info()[0])
+    return machine_free_bytes()
+
+
+def machine_free_bytes() -> int | None:
+    """Return the bytes that programs can still have of the machine's own memory; None where the system does not say."""
     try:
         found = re.search(r"^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
     except OSError:

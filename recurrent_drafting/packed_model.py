@@ -8,7 +8,6 @@ query head, which grows with the context. The twin does neither. The model itsel
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
+
+from recurrent_drafting import memory
 
 _PACKABLE = (torch.bfloat16, torch.float32)
 _GROUPED = "recurrent_drafting_grouped_sdpa"
@@ -119,7 +120,8 @@ def _packable(model: nn.Module, linears: Sequence[nn.Linear]) -> bool:
         return False
     if weights[0].dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
-    return sum(weight.nbytes for weight in weights) * _MEMORY_FACTOR <= _free_memory()
+    free = memory.machine_free_bytes()
+    return free is None or sum(weight.nbytes for weight in weights) * _MEMORY_FACTOR <= free
 
 
 def _sample(weights: Sequence[Tensor]) -> Tensor:
@@ -131,14 +133,6 @@ def _sample(weights: Sequence[Tensor]) -> Tensor:
 
 def _is_plain(module: nn.Module) -> bool:
     return type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
-
-
-def _free_memory() -> float:
-    """Return free bytes; no limit where the system does not say."""
-    try:
-        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (ValueError, OSError, AttributeError):
-        return float("inf")
 
 
 def _version(parameter: Tensor) -> tuple[int, int]:

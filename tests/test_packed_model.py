@@ -113,7 +113,7 @@ def test_what_cannot_be_packed_is_its_own_twin(monkeypatch: pytest.MonkeyPatch) 
     hooked.model.layers[0]._hf_hook = "weights that come and go"
     assert decoding_twin(hooked) is hooked
     large = make_verifier("llama", dtype=torch.float32).model
-    monkeypatch.setattr("recurrent_drafting.packed_model._free_memory", lambda: 1000.0)
+    monkeypatch.setattr("recurrent_drafting.memory.machine_free_bytes", lambda: 1000)
     assert decoding_twin(large) is large
 
 
