@@ -122,6 +122,12 @@ def _add_models(parser: cli.ArgumentParser) -> None:
         usual = getattr(BeamConfig, name)
         beam.add_argument(f"--beam_{name}", type=int, help=f"default: the drafter's own, usually {usual}")
     beam.add_argument(
+        "--lookup_length",
+        type=int,
+        metavar="N",
+        help="tokens copied from the text's own past where it repeats; 0 = none (default: the drafter's own, usually 0)",
+    )
+    beam.add_argument(
         "--max_tree_nodes",
         type=_tree_nodes,
         default="auto",
@@ -178,7 +184,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         UsageError: with the range or the choices.
     """
     least = {"max_num_prompts": 1, "max_prompt_length": 1, "batch_size": 1, "turns": 1}
-    least |= {"num_threads": 1, "max_generation_length": 0, "beam_width": 1, "beam_length": 1}
+    least |= {"num_threads": 1, "max_generation_length": 0, "beam_width": 1, "beam_length": 1, "lookup_length": 0}
     for name, minimum in least.items():
         value = getattr(args, name)
         if value is not None and value < minimum:
@@ -411,6 +417,7 @@ def run_settings(args: argparse.Namespace, tokenizer: Any, config: RecurrentDraf
             width=args.beam_width or own.beam_width,
             length=args.beam_length or own.beam_length,
             max_nodes=args.max_tree_nodes,
+            lookup_length=own.lookup_length if args.lookup_length is None else args.lookup_length,
         ),
         auto_tree=args.max_tree_nodes is None,
         stop=stop,

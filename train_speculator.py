@@ -89,6 +89,12 @@ def build_parser() -> cli.ArgumentParser:
     model.add_argument("--rnn", action=argparse.BooleanOptionalAction, default=RecurrentDraftingConfig.rnn)
     model.add_argument("--beam_width", type=int, default=RecurrentDraftingConfig.beam_width)
     model.add_argument("--beam_length", type=int, default=RecurrentDraftingConfig.beam_length)
+    model.add_argument(
+        "--lookup_length",
+        type=int,
+        default=RecurrentDraftingConfig.lookup_length,
+        help="tokens that decoding copies from the text's own past where it repeats; saved as the drafter's default",
+    )
     source = parser.add_argument_group("data")
     source.add_argument(
         "--dataset_name",
@@ -449,6 +455,7 @@ def make_drafter(
             num_draft_tokens=args.drafter_predict_n_tokens,
             beam_width=args.beam_width,
             beam_length=args.beam_length,
+            lookup_length=args.lookup_length,
             verifier_name_or_path=args.llm_name_or_path,
             verifier_fingerprint=verifier.fingerprint,
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),

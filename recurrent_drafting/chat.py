@@ -313,11 +313,11 @@ class Chat:
     def _answer(self, message: str) -> None:
         """Reply to a message; the history takes both, or neither if nothing was said."""
         history = [*self.messages, {"role": "user", "content": message}]
-        history, prompt = self._fit(history)
         stream = TextStream(self._tokenizer, self._settings.stop)
         streamer = ReplyStreamer(stream, self._terminal.show)
         note = ""
         try:
+            history, prompt = self._fit(history)
             self._decoder.generate(
                 [prompt],
                 max_new_tokens=self._settings.max_new_tokens,

@@ -46,6 +46,8 @@ class BeamConfig:
             ``None`` verifies every beam kept at every depth, W * L + 1 nodes.
         coupling: temperature s of the drafter's own error in coupled drafting, in units of its logits before
             the request's temperature; 0 turns coupling off. It has no effect on greedy decoding.
+        lookup_length: tokens copied from the text's own past where its last ones stood before (prompt lookup);
+            they compete with the drafter's for the tree's nodes. 0, as in the paper, copies nothing.
 
     Raises:
         UsageError: a value is out of range.
@@ -55,6 +57,7 @@ class BeamConfig:
     length: int = 4
     max_nodes: int | None = None
     coupling: float = 1.0
+    lookup_length: int = 0
 
     def __post_init__(self) -> None:
         for name in ("width", "length"):
@@ -65,6 +68,8 @@ class BeamConfig:
             _require(valid, "max_nodes", "an integer >= 1 or None", self.max_nodes)
         valid = _is_number(self.coupling) and self.coupling >= 0
         _require(valid, "coupling", "a finite number >= 0", self.coupling)
+        valid = _is_int(self.lookup_length) and self.lookup_length >= 0
+        _require(valid, "lookup_length", "an integer >= 0", self.lookup_length)
 
 
 @dataclass(frozen=True)
@@ -181,6 +186,7 @@ class RecurrentDraftingConfig(PretrainedConfig):
         num_draft_tokens: depths K the drafter was trained for.
         beam_width: default beam width W.
         beam_length: default beam length L.
+        lookup_length: default number of tokens that prompt lookup copies.
         verifier_name_or_path: the base model it was trained for, for messages and defaults.
         verifier_fingerprint: identity of the base model's weights, ``None`` if unknown.
         tokenizer_fingerprint: identity of the vocabulary, ``None`` if unknown.
@@ -201,6 +207,7 @@ class RecurrentDraftingConfig(PretrainedConfig):
     num_draft_tokens: int = 4
     beam_width: int = BeamConfig.width
     beam_length: int = BeamConfig.length
+    lookup_length: int = BeamConfig.lookup_length
     verifier_name_or_path: str | None = None
     verifier_fingerprint: str | None = None
     tokenizer_fingerprint: str | None = None
@@ -219,8 +226,13 @@ class RecurrentDraftingConfig(PretrainedConfig):
             valid = _is_int(self.draft_vocab_size) and 1 <= self.draft_vocab_size <= self.vocab_size
             expected = f"in 1..vocab_size ({self.vocab_size}) or None"
             _require(valid, "draft_vocab_size", expected, self.draft_vocab_size)
-        BeamConfig(width=self.beam_width, length=self.beam_length)
+        self.beam  # noqa: B018 - checks its values
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
+
+    @property
+    def beam(self) -> BeamConfig:
+        """Return how the drafter is meant to draft, its whole tree verified."""
+        return BeamConfig(width=self.beam_width, length=self.beam_length, lookup_length=self.lookup_length)
 
 
 AutoConfig.register(RecurrentDraftingConfig.model_type, RecurrentDraftingConfig, exist_ok=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from recurrent_drafting.checkpoint import WEIGHTS, load_drafter
-from recurrent_drafting.config import BeamConfig, SamplingConfig
+from recurrent_drafting.config import SamplingConfig
 from recurrent_drafting.decoding import SpeculativeDecoder, Streamer
 from recurrent_drafting.drafter import Drafter
 from recurrent_drafting.errors import UsageError
@@ -136,7 +136,7 @@ def generate(
     source = _source() if speculator_path is None else _Source(speculator_path, arguments.get("revision"))
     request = _request(model, arguments)
     drafter = _drafter(source, _stamp(source))
-    beam = BeamConfig(drafter.config.beam_width, drafter.config.beam_length, max_tree_nodes)
+    beam = replace(drafter.config.beam, max_nodes=max_tree_nodes)
     output = SpeculativeDecoder(Verifier(model), drafter, beam).generate(
         request.input_ids,
         request.attention_mask,

@@ -11,7 +11,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +25,7 @@ from recurrent_drafting.errors import DataError, ModelError, ResourceError, Usag
 from recurrent_drafting.kv_cache import VerifierCache
 from recurrent_drafting.metrics import DecodingStats
 from recurrent_drafting.packed_model import decoding_twin
+from recurrent_drafting.prompt_lookup import Copies, RepeatIndex, join
 from recurrent_drafting.sampling import Sampler, warp
 from recurrent_drafting.tree_budget import DraftBudget, LatencyCurve, LatencyTable
 from recurrent_drafting.verifier import Verifier, VerifierOutput
@@ -135,6 +136,7 @@ class _Batch:
         context: hidden state at the last committed token, ``[B, H]``.
         root: the token chosen after it, int64 ``[B]``.
         budget: what drafting may cost, None where the tree's size is fixed.
+        repeats: the text of each live row for prompt lookup, empty without.
     """
 
     replies: list[_Reply]
@@ -143,6 +145,7 @@ class _Batch:
     context: Tensor
     root: Tensor
     budget: DraftBudget | None = None
+    repeats: list[RepeatIndex] = field(default_factory=list)
 
     def drop_finished(self) -> None:
         """Let rows leave whose reply has ended, so that no work is done for them."""
@@ -150,6 +153,7 @@ class _Batch:
         if len(live) == len(self.replies):
             return
         self.replies = [self.replies[row] for row in live]
+        self.repeats = [self.repeats[row] for row in live] if self.repeats else []
         if live:
             self.cache.select(live)
             self.sampler.select(live)
@@ -255,6 +259,8 @@ class _Decoder(ABC):
             accepted = acceptance.walk(tree, output.logits, batch.sampler)
         if batch.budget is not None:
             batch.budget.record(sum(len(path) - 1 for path in accepted.paths))
+        for text, tokens in zip(batch.repeats, accepted.tokens, strict=bool(batch.repeats)):
+            text.extend(tokens)
         with stats.phase("cache"):
             batch.cache.keep(accepted.paths)
             last = torch.tensor([path[-1] for path in accepted.paths], device=output.hidden.device)
@@ -354,8 +360,7 @@ class SpeculativeDecoder(_Decoder):
     ) -> None:
         super().__init__(verifier)
         check_fit(verifier, drafter, allow_base_mismatch)
-        own = drafter.config
-        self.beam = _fit_width(beam or BeamConfig(width=own.beam_width, length=own.beam_length), drafter)
+        self.beam = _fit_width(beam or drafter.config.beam, drafter)
         self.latency = latency
         if drafter.dtype != verifier.dtype or drafter.device != verifier.device:
             # A copy: the caller may still be training this one in float32.
@@ -380,6 +385,10 @@ class SpeculativeDecoder(_Decoder):
         if self.latency is not None:
             table = LatencyTable({1: self.latency}) if isinstance(self.latency, LatencyCurve) else self.latency
             batch.budget = DraftBudget(table, self.beam, self._max_tree_nodes)
+        if self.beam.lookup_length:
+            batch.repeats = [
+                RepeatIndex(prompt + reply.tokens) for prompt, reply in zip(prompts, replies, strict=True)
+            ]
         return batch
 
     def _propose(self, batch: _Batch) -> DraftTree:
@@ -400,7 +409,10 @@ class SpeculativeDecoder(_Decoder):
             self._warn_of_failed_draft(len(batch.replies) - int(failed.sum()))
             if bool(failed.all()):
                 return DraftTree.root_only(batch.root)
-        nodes = self._max_tree_nodes if budget is None else budget.choose(beams.log_probs)
+        depths = beams.tokens.shape[1]
+        if batch.repeats:
+            beams = join(beams, Copies.of(batch.repeats, self.beam.lookup_length, batch.root.device))
+        nodes = self._max_tree_nodes if budget is None else budget.choose(beams.log_probs, depths)
         return DraftTree.root_only(batch.root) if nodes == 1 else DraftTree.from_beams(batch.root, beams, nodes)
 
     def _worth_drafting(self, budget: DraftBudget, rows: int) -> bool:

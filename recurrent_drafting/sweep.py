@@ -106,7 +106,8 @@ class Sweep:
         self._baseline = AutoregressiveDecoder(verifier)
         self._decoders: dict[BeamConfig, SpeculativeDecoder] = {}
         for beam in tqdm(grid.beams(), desc="latency curves", unit="shape"):
-            shaped = replace(settings, beam=beam, auto_tree=beam.max_nodes is None)
+            copying = replace(beam, lookup_length=settings.beam.lookup_length)
+            shaped = replace(settings, beam=copying, auto_tree=beam.max_nodes is None)
             decoder = evaluation.speculative_decoder(
                 verifier, drafter, shaped, allow_base_mismatch=allow_base_mismatch, repeats=_TIMINGS
             )

@@ -93,31 +93,34 @@ class LatencyCurve:
         """Return seconds of a forward over a number of nodes: those of the next size that was timed."""
         return self.seconds[min(bisect.bisect_left(self.nodes, nodes), len(self.nodes) - 1)]
 
-    def can_pay(self, length: int, max_nodes: int) -> bool:
+    def can_pay(self, beam: BeamConfig, max_nodes: int) -> bool:
         """Tell whether drafting would pay if all of a draft were accepted.
 
         Args:
-            length: depths that may be drafted.
+            beam: depths that may be drafted, and copied.
             max_nodes: nodes that may be verified, the root included.
         """
         return any(
-            (1 + min(depth, min(nodes, max_nodes) - 1)) * self.seconds[0] > depth * self.depth_seconds + seconds
-            for depth in range(1, length + 1)
+            (1 + min(depth, min(nodes, max_nodes) - 1)) * self.seconds[0]
+            > min(depth, beam.length) * self.depth_seconds + seconds
+            for depth in range(1, max(beam.length, beam.lookup_length) + 1)
             for nodes, seconds in zip(self.nodes, self.seconds, strict=True)
         )
 
-    def best_nodes(self, log_probs: Tensor, calibration: float = 1.0) -> int:
+    def best_nodes(self, log_probs: Tensor, calibration: float = 1.0, drafted_depths: int | None = None) -> int:
         """Return the tree size that maximises expected tokens per second over the batch.
 
         With path probabilities P_1 >= P_2 >= ... a step over N nodes is expected to emit
         1 + sum of P_1..P_{N-1} tokens per row.
 
         Args:
-            log_probs: path log-probabilities of the drafted beams, float32 ``[B, depths, W]``.
+            log_probs: path log-probabilities of the proposed nodes, float32 ``[B, depths, W]``.
             calibration: what their probabilities are multiplied by.
+            drafted_depths: depths that the drafter was run for; default all.
         """
         expected = _expected(log_probs.tolist(), calibration)
-        return min(self._best_rate(expected, log_probs.shape[1])[1], len(expected))
+        depths = log_probs.shape[1] if drafted_depths is None else drafted_depths
+        return min(self._best_rate(expected, depths)[1], len(expected))
 
     def worth_going_on(self, log_probs: Tensor, calibration: float = 1.0) -> bool:
         """Tell whether drafting one more depth is expected to raise tokens per second.
@@ -196,7 +199,7 @@ class DraftBudget:
 
     def __init__(self, table: LatencyTable, beam: BeamConfig, max_nodes: int) -> None:
         self._table = table
-        self._length = beam.length
+        self._beam = beam
         self._max_nodes = max_nodes
         self._predicted = self._accepted = _PRIOR_TOKENS
         self._balance = 0.0
@@ -212,7 +215,7 @@ class DraftBudget:
 
     def wants_draft(self, rows: int) -> bool:
         """Tell whether the next step of so many live rows should draft."""
-        if not self._table.at(rows).can_pay(self._length, self._max_nodes):
+        if not self._table.at(rows).can_pay(self._beam, self._max_nodes):
             self.hopeless = True
             return False
         if self._pause:
@@ -224,11 +227,17 @@ class DraftBudget:
         """See ``LatencyCurve.worth_going_on``."""
         return self._table.at(len(log_probs)).worth_going_on(log_probs, self.calibration)
 
-    def choose(self, log_probs: Tensor) -> int:
-        """Return the nodes to verify, given the drafted beams' path log-probabilities ``[B, depths, W]``."""
+    def choose(self, log_probs: Tensor, drafted_depths: int | None = None) -> int:
+        """Return the nodes to verify.
+
+        Args:
+            log_probs: path log-probabilities of the proposed nodes, float32 ``[B, depths, W]``.
+            drafted_depths: depths that the drafter was run for; default all.
+        """
         rows, depths = log_probs.shape[:2]
+        depths = depths if drafted_depths is None else drafted_depths
         curve = self._table.at(rows)
-        nodes = min(curve.best_nodes(log_probs, self.calibration), self._max_nodes)
+        nodes = min(curve.best_nodes(log_probs, self.calibration, depths), self._max_nodes)
         predicted = _expected(log_probs.tolist(), 1.0)[nodes - 1] - rows
         cost = (depths * curve.depth_seconds + curve.seconds_of(nodes)) / curve.seconds[0]
         self._settle(1 + self.calibration * predicted / rows - cost)

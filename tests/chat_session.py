@@ -33,6 +33,7 @@ PASTE = "\x1b[200~", "\x1b[201~"
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 # What a line editor says to the terminal before and after a line, and carriage returns.
 _MODES = re.compile(r"\x1b\[\?2004[hl]|\r")
+_NOTICE = re.compile(r"\s*\([^)\n]*(\)\n|$)")
 FIGURES = re.compile(r"\[(\d+) tokens, [\d.]+ s, [\d.]+ tok/s(, tau [\d.]+)?\]")
 # Opening its own terminal makes it the controlling one of a new session: Ctrl-C then comes as a signal.
 _TAKE_TERMINAL = (
@@ -91,10 +92,10 @@ class TerminalChat:
         found, _, self._unread = self._unread.partition(what)
         return found + what
 
-    def wait_for_more(self, seconds: float) -> None:
-        """Read until something is there that was not waited for."""
+    def wait_for_reply(self, seconds: float) -> None:
+        """Read until something of a reply is there; a notice in brackets that goes before it is none."""
         end = time.monotonic() + seconds
-        while not self._unread.strip() and time.monotonic() < end:
+        while not _NOTICE.sub("", self._unread).strip() and time.monotonic() < end:
             self._read(0.05)
 
     def end(self, seconds: float = 300.0) -> int:
@@ -186,7 +187,7 @@ class Player:
         """Take a turn, and stop the reply as soon as something of it is there."""
         self.chat.send(text + "\r")
         self.until(text)
-        self.chat.wait_for_more(self._patience)
+        self.chat.wait_for_reply(self._patience)
         self.chat.send(CTRL_C)
         self.session.replies.append(self.until_prompt())
 

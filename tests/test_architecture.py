@@ -23,6 +23,7 @@ ORDER = (
     "config",
     "assets",
     "draft_tree",
+    "prompt_lookup",
     "kv_cache",
     "packed_model",
     "sampling",

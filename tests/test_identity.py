@@ -48,12 +48,12 @@ def random_case(rng: random.Random) -> Case:
         settings["min_new_tokens"] = rng.choice([0, 6])
         settings["bad_words_ids"] = rng.choice([(), ((5,), (7, 9))])
     width, length = rng.choice([(1, 4), (2, 3), (3, 5), (4, 4), (5, 3), (10, 5)])
-    max_nodes = rng.choice([None, None, 3, 9, 16])
+    max_nodes, lookup_length = rng.choice([None, None, 3, 9, 16]), rng.choice([0, 2, 9])
     return Case(
         prompts=prompts,
         requests=rng.sample(range(100), batch),
         sampling=SamplingConfig(**settings),
-        beam=BeamConfig(width=width, length=length, max_nodes=max_nodes, coupling=rng.choice([0.0, 1.0])),
+        beam=BeamConfig(width, length, max_nodes, coupling=rng.choice([0.0, 1.0]), lookup_length=lookup_length),
         oracle=rng.random() < 0.7,
         probability=rng.uniform(0.5, 0.9),
         as_tensor=rng.random() < 0.5,

@@ -190,7 +190,13 @@ def drafted_steps(budget: DraftBudget, log_probs: torch.Tensor, accepted: int, s
 def test_drafting_can_pay_if_full_acceptance_beats_the_baseline(
     curve: LatencyCurve, length: int, max_nodes: int, pays: bool
 ) -> None:
-    assert curve.can_pay(length, max_nodes) is pays
+    assert curve.can_pay(BeamConfig(length=length), max_nodes) is pays
+
+
+def test_what_is_copied_costs_no_drafting() -> None:
+    curve = LatencyCurve((1, 5), (1.0, 2.0), 0.8)
+    assert not curve.can_pay(BeamConfig(length=4), 5)  # 5 tokens in 5.2 steps
+    assert curve.can_pay(BeamConfig(length=1, lookup_length=4), 5)  # 5 tokens in 2.8 steps
 
 
 def test_what_cannot_pay_is_never_drafted() -> None:
