@@ -125,7 +125,7 @@ def _add_models(parser: cli.ArgumentParser) -> None:
         "--lookup_length",
         type=int,
         metavar="N",
-        help="tokens copied from the text's own past where it repeats; 0 = none (default: the drafter's own, usually 0)",
+        help="tokens copied from the text's own past where it repeats; 0 = none (default: the drafter's own)",
     )
     beam.add_argument(
         "--max_tree_nodes",

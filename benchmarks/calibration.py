@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from recurrent_drafting import (
-    BeamConfig,
     SamplingConfig,
     SpeculativeDecoder,
     Verifier,
@@ -81,8 +81,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     tokenizer = data.load_tokenizer(args.base_model)
     questions, _ = evaluation.load_questions("mt-bench", args.prompts, spread=True)
     prompts = [data.render(tokenizer, [{"role": "user", "content": q.turns[0]}], ask=True) for q in questions]
-    beam = BeamConfig(max_nodes=args.max_tree_nodes)
-    decoder = SpeculativeDecoder(verifier, load_drafter(args.speculator_path), beam)
+    drafter = load_drafter(args.speculator_path)
+    decoder = SpeculativeDecoder(verifier, drafter, replace(drafter.config.beam, max_nodes=args.max_tree_nodes))
     curves = {}
     for temperature in args.temperatures:
         observer = Observer(args.bins)

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from recurrent_drafting import BeamConfig, SamplingConfig, Verifier, cli, data, evaluation
+from recurrent_drafting import SamplingConfig, Verifier, cli, data, evaluation
 from recurrent_drafting.assets import DEFAULT_BASE
 from recurrent_drafting.checkpoint import load_drafter
 
@@ -24,6 +25,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     verifier = Verifier.from_pretrained(args.base_model, args.dtype)
     tokenizer = data.load_tokenizer(args.base_model)
     drafter = load_drafter(args.speculator_path)
+    beam = drafter.config.beam
+    if args.lookup_length is not None:
+        beam = replace(beam, lookup_length=args.lookup_length)
     questions, _ = evaluation.load_questions("mt-bench", args.prompts, spread=True)
     rows: list[dict[str, Any]] = []
     for temperature in args.temperatures:
@@ -34,7 +38,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 max_new_tokens=args.new_tokens,
                 batch_size=args.batch_size,
                 sampling=SamplingConfig(temperature=temperature, seed=args.seed),
-                beam=BeamConfig(max_nodes=args.max_tree_nodes, coupling=strength),
+                beam=replace(beam, max_nodes=args.max_tree_nodes, coupling=strength),
             )
             decoder = evaluation.speculative_decoder(verifier, drafter, settings)
             summary = evaluation.run_speculative(decoder, tokenizer, questions, settings)["summary"]
@@ -44,14 +48,24 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             )
     return {
         "command": "python benchmarks/coupling.py "
-        + " ".join(f"--{name} {_words(getattr(args, name))}" for name in _SETTINGS),
+        + " ".join(f"--{name} {_words(getattr(args, name))}" for name in _SETTINGS if getattr(args, name) is not None),
         "base_model": args.base_model,
         "machine": evaluation.machine(),
         "rows": rows,
     }
 
 
-_SETTINGS = ("dtype", "prompts", "new_tokens", "batch_size", "max_tree_nodes", "temperatures", "strengths", "seed")
+_SETTINGS = (
+    "dtype",
+    "prompts",
+    "new_tokens",
+    "batch_size",
+    "max_tree_nodes",
+    "lookup_length",
+    "temperatures",
+    "strengths",
+    "seed",
+)
 
 
 def _words(value: Any) -> str:
@@ -68,6 +82,7 @@ def main() -> int:
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--max_tree_nodes", type=int, default=16)
+    parser.add_argument("--lookup_length", type=int, help="default: the drafter's own")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.3, 0.7, 1.0])
     parser.add_argument(
         "--strengths", type=float, nargs="+", default=[0.0, 1.0], help="0 is off; else the drafter's error temperature"

@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from recurrent_drafting import BeamConfig, SamplingConfig, Verifier, cli, data, evaluation
+from recurrent_drafting import SamplingConfig, Verifier, cli, data, evaluation
 from recurrent_drafting.assets import DEFAULT_BASE
 from recurrent_drafting.checkpoint import load_drafter
 
@@ -59,7 +59,7 @@ def run(case: Case, args: argparse.Namespace, verifier: Verifier, tokenizer: Any
         batch_size=case.batch_size,
         sampling=SETTINGS[case.name],
         # A fixed size: where drafting does not pay, a tree chosen by cost would hold the root alone and prove nothing.
-        beam=BeamConfig(max_nodes=args.max_tree_nodes),
+        beam=replace(drafter.config.beam, max_nodes=args.max_tree_nodes),
     )
     decoder = evaluation.speculative_decoder(verifier, drafter, settings)
     record = evaluation.compare(verifier, decoder, tokenizer, questions, settings)

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,6 @@ from recurrent_drafting import (
 )
 from recurrent_drafting.assets import DEFAULT_BASE
 from recurrent_drafting.checkpoint import load_drafter
-from recurrent_drafting.config import BeamConfig
 from recurrent_drafting.errors import ResourceError
 from recurrent_drafting.metrics import DecodingStats
 from recurrent_drafting.tree_budget import LatencyTable
@@ -230,18 +229,25 @@ def start_workers(verifier: Verifier, args: argparse.Namespace, workers: dict[st
 
 def make_methods(verifier: Verifier, args: argparse.Namespace) -> tuple[dict[str, Method], SpeculativeDecoder]:
     """Build everything that runs in this process."""
-    beam = None if args.max_tree_nodes is None else BeamConfig(max_nodes=args.max_tree_nodes)
-    settings = evaluation.RunSettings(args.base_model, args.speculator_path, batch_size=args.batch_size, beam=beam)
-    speculative = evaluation.speculative_decoder(verifier, load_drafter(args.speculator_path), settings)
+    drafter = load_drafter(args.speculator_path)
+
+    def decoder(lookup_length: int) -> SpeculativeDecoder:
+        beam = replace(drafter.config.beam, max_nodes=args.max_tree_nodes, lookup_length=lookup_length)
+        settings = evaluation.RunSettings(args.base_model, args.speculator_path, batch_size=args.batch_size, beam=beam)
+        return evaluation.speculative_decoder(verifier, drafter, settings)
+
+    speculative = decoder(drafter.config.lookup_length)
     methods = {
         "baseline": timed(Ours(AutoregressiveDecoder(verifier), args)),
         "speculative": timed(Ours(speculative, args)),
         "transformers_generate": timed(hf_generate(verifier, args)),
     }
+    if drafter.config.lookup_length:
+        methods["drafter_alone"] = timed(Ours(decoder(0), args))
     if args.batch_size == 1 and not args.temperature:
         methods["bare_loop"] = timed(bare_loop(verifier, args))
         if args.prompt_lookup:
-            methods["transformers_prompt_lookup"] = timed(hf_generate(verifier, args, prompt_lookup_num_tokens=4))
+            methods["transformers_prompt_lookup"] = timed(hf_generate(verifier, args, prompt_lookup_num_tokens=10))
     return {name: Method(run) for name, run in methods.items()}, speculative
 
 

@@ -14,6 +14,7 @@ import argparse
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from tqdm import tqdm
 
 from recurrent_drafting import (
     AutoregressiveDecoder,
-    BeamConfig,
     SamplingConfig,
     SpeculativeDecoder,
     Verifier,
@@ -101,8 +101,8 @@ def _split(stats: DecodingStats, bare: float) -> dict[str, Any]:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Profile every batch size."""
     verifier = Verifier.from_pretrained(args.base_model, args.dtype)
-    beam = BeamConfig(width=args.beam_width, length=args.beam_length, max_nodes=args.max_tree_nodes)
-    decoder = SpeculativeDecoder(verifier, load_drafter(args.speculator_path), beam)
+    drafter = load_drafter(args.speculator_path)
+    decoder = SpeculativeDecoder(verifier, drafter, replace(drafter.config.beam, max_nodes=args.max_tree_nodes))
     tools = (verifier, decoder, data.load_tokenizer(args.base_model))
     return {
         "command": f"python benchmarks/profile_step.py --dtype {args.dtype} --temperature {args.temperature} "
@@ -147,8 +147,6 @@ def main() -> int:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 8])
-    parser.add_argument("--beam_width", type=int, default=10)
-    parser.add_argument("--beam_length", type=int, default=4)
     parser.add_argument("--max_tree_nodes", type=int, default=16)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--new_tokens", type=int, default=48)

@@ -386,9 +386,7 @@ class SpeculativeDecoder(_Decoder):
             table = LatencyTable({1: self.latency}) if isinstance(self.latency, LatencyCurve) else self.latency
             batch.budget = DraftBudget(table, self.beam, self._max_tree_nodes)
         if self.beam.lookup_length:
-            batch.repeats = [
-                RepeatIndex(prompt + reply.tokens) for prompt, reply in zip(prompts, replies, strict=True)
-            ]
+            batch.repeats = [RepeatIndex(prompt + reply.tokens) for prompt, reply in zip(prompts, replies, strict=True)]
         return batch
 
     def _propose(self, batch: _Batch) -> DraftTree:

@@ -105,9 +105,10 @@ class Sweep:
         self._grid = grid
         self._baseline = AutoregressiveDecoder(verifier)
         self._decoders: dict[BeamConfig, SpeculativeDecoder] = {}
+        lookup_length = (settings.beam or drafter.config.beam).lookup_length
         for beam in tqdm(grid.beams(), desc="latency curves", unit="shape"):
-            copying = replace(beam, lookup_length=settings.beam.lookup_length)
-            shaped = replace(settings, beam=copying, auto_tree=beam.max_nodes is None)
+            shape = replace(beam, lookup_length=lookup_length)
+            shaped = replace(settings, beam=shape, auto_tree=beam.max_nodes is None)
             decoder = evaluation.speculative_decoder(
                 verifier, drafter, shaped, allow_base_mismatch=allow_base_mismatch, repeats=_TIMINGS
             )

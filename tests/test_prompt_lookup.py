@@ -68,7 +68,9 @@ def copies(draw: st.DrawFn, batch: int) -> Copies:
     reach = draw(st.integers(1, 5))
     tokens = [[draw(st.integers(0, 4)) for _ in range(reach)] for _ in range(batch)]
     log_probs = [
-        [draw(st.sampled_from([-0.02, -0.5, -2.0])) for _ in range(reach)] if draw(st.booleans()) else [-math.inf] * reach
+        [draw(st.sampled_from([-0.02, -0.5, -2.0])) for _ in range(reach)]
+        if draw(st.booleans())
+        else [-math.inf] * reach
         for _ in range(batch)
     ]
     return Copies(torch.tensor(tokens), torch.tensor(log_probs))
