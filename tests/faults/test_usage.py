@@ -114,6 +114,12 @@ def test_no_beam(main: Main, flag: str, value: str, capsys: Capture) -> None:
     refused(main, ["--prompt", "a", flag, value], 2, capsys, f"{flag} must be >= 1, got {value}")
 
 
+def test_a_negative_lookup_length(models: Models, chats: str, capsys: Capture) -> None:
+    refused(generate_speculator.main, ["--prompt", "a", "--lookup_length", "-1"], 2, capsys, "--lookup_length must be >= 0")
+    argv = train_argv(models.base, chats, "--lookup_length", "-1")
+    refused(train_speculator.main, argv, 2, capsys, "lookup_length must be an integer >= 0, got -1")
+
+
 @pytest.mark.parametrize("flag", ["--beam_width", "--beam_length"])
 def test_no_beam_in_training(models: Models, chats: str, flag: str, capsys: Capture) -> None:
     argv = train_argv(models.base, chats, flag, "0")
