@@ -495,6 +495,7 @@ class Evaluation:
             "tau": stats.tau,
             "acceptance_by_depth": stats.acceptance_by_depth,
             "mean_tree_nodes": stats.mean_nodes,
+            "lookup_length": self._speculative.beam.lookup_length if main == "speculative" and self._speculative else 0,
             "phase_seconds": stats.phase_seconds,
         }
 
@@ -729,6 +730,8 @@ def format_summary(summary: dict[str, Any]) -> str:
             f"  tau {s['tau']:.3f} tokens per verifier step, acceptance by depth {depths}, "
             f"mean tree nodes {s['mean_tree_nodes']:.1f}"
         )
+        if s["lookup_length"]:
+            lines.append(f"  prompt lookup: up to {s['lookup_length']} tokens are copied where the text repeats")
     total = max(s["seconds"], 1e-9)
     split = ", ".join(f"{name} {seconds / total:.1%}" for name, seconds in s["phase_seconds"].items())
     lines.append(f"  time split: {split}")

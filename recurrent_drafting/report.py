@@ -202,6 +202,8 @@ def _tiles(summary: dict[str, Any]) -> str:
         tiles.append(("speed-up (median)", f"{number(summary['speedup_median'])}{TIMES}", spread))
     if summary.get("method") == "speculative":
         nodes = f"tokens per verifier step; {number(summary.get('mean_tree_nodes'), '.1f')} tree nodes"
+        if summary.get("lookup_length"):
+            nodes += f", up to {summary['lookup_length']} tokens copied where the text repeats"
         tiles.append(("tau", number(summary.get("tau"), ".3f"), nodes))
     rate = number(summary.get("tokens_per_second"), ".1f")
     baseline = summary.get("baseline_tokens_per_second")

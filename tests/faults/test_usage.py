@@ -115,7 +115,9 @@ def test_no_beam(main: Main, flag: str, value: str, capsys: Capture) -> None:
 
 
 def test_a_negative_lookup_length(models: Models, chats: str, capsys: Capture) -> None:
-    refused(generate_speculator.main, ["--prompt", "a", "--lookup_length", "-1"], 2, capsys, "--lookup_length must be >= 0")
+    refused(
+        generate_speculator.main, ["--prompt", "a", "--lookup_length", "-1"], 2, capsys, "--lookup_length must be >= 0"
+    )
     argv = train_argv(models.base, chats, "--lookup_length", "-1")
     refused(train_speculator.main, argv, 2, capsys, "lookup_length must be an integer >= 0, got -1")
 
