@@ -1,0 +1,134 @@
+#!/usr/bin/env python
+"""How does tau grow with data and compute? The recipe on 1/16, 1/8, ... of the packaged data, tau by real decode.
+
+Each size is a run of train_speculator.py of its own, with the whole learning rate schedule, over the same number of
+epochs; so data and compute double together. Nothing is chosen here, so the prompts are MT-Bench's. A size that has its
+file in the output directory is skipped, so a run goes on where it stopped.
+
+Example:
+  python benchmarks/scaling.py --hidden_state_cache DIR --output_dir benchmarks/results/scaling
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from ablations import BASE, HELD_OUT_ROWS, SCRIPT, decode
+
+from recurrent_drafting import Verifier, cli, data, distillation, evaluation, plots, report
+from recurrent_drafting.assets import DEFAULT_BASE
+from recurrent_drafting.errors import ResourceError
+
+
+def measure(args: argparse.Namespace, rows: int, verifier: Verifier, prompts: list[list[int]]) -> Path:
+    """Train on so many rows and decode; return the file."""
+    path: Path = args.output_dir / f"rows-{rows:06d}.json"
+    if path.exists():
+        return path
+    recipe = f"{BASE} --num_train_epochs {args.epochs:g} --max_train_samples {rows + HELD_OUT_ROWS}"
+    with tempfile.TemporaryDirectory() as scratch:
+        places = f"--output_dir {shlex.quote(scratch)}/run --hidden_state_cache {args.hidden_state_cache}"
+        quiet = "--serve_check_prompts 0 --save_strategy no --overwrite_output_dir"
+        start = time.perf_counter()
+        command = [sys.executable, str(SCRIPT), *shlex.split(f"{recipe} {places} {quiet}")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ResourceError(f"{recipe} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
+        seconds = time.perf_counter() - start
+        state = json.loads((Path(scratch) / "run" / "trainer_state.json").read_text())
+        tau = decode(args, verifier, prompts, Path(scratch) / "run")
+    record = {
+        "command": f"python train_speculator.py {recipe}",
+        "rows": rows,
+        "epochs": args.epochs,
+        "steps": state["global_step"],
+        "whole_seconds": round(seconds, 1),
+        "prompts": len(prompts),
+        "new_tokens": args.new_tokens,
+        "greedy": tau,
+        "machine": evaluation.machine(),
+    }
+    evaluation.write_json(record, path)
+    return path
+
+
+def fit(records: list[dict[str, Any]], nodes: str) -> tuple[float, float]:
+    """Return intercept and slope of tau over log2 of the rows, by least squares over all sizes."""
+    points = [(math.log2(record["rows"]), record["greedy"][nodes]["tau"]) for record in records]
+    mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
+    spread = sum((x - mean_x) ** 2 for x, _ in points)
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
+    return mean_y - slope * mean_x, slope
+
+
+def show(records: list[dict[str, Any]]) -> str:
+    """Return the sizes, the gain per doubling of the last step and of the line, and what a tenfold would give."""
+    lines = ["| rows | steps | seconds | tau, 16 nodes | tau, all |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {record['rows']} | {record['steps']} | {record['whole_seconds']:.0f} "
+        f"| {record['greedy']['16']['tau']:.3f} | {record['greedy']['all']['tau']:.3f} |"
+        for record in records
+    ]
+    if len(records) > 1:
+        _, slope = fit(records, "16")
+        before, last = records[-2:]
+        step = math.log2(last["rows"] / before["rows"])
+        recent = (last["greedy"]["16"]["tau"] - before["greedy"]["16"]["tau"]) / step
+        lines.append(
+            f"per doubling, 16 nodes: {slope:+.3f} over all sizes, {recent:+.3f} over the last; "
+            f"ten times the data at the last rate: {last['greedy']['16']['tau'] + recent * math.log2(10):.2f}"
+        )
+    return "\n".join(lines)
+
+
+def plot(records: list[dict[str, Any]]) -> str:
+    """Draw tau over log2 of the rows as one HTML page."""
+    lines = [
+        plots.Line(
+            f"{nodes} nodes",
+            [(math.log2(record["rows"]), record["greedy"][nodes]["tau"]) for record in records],
+        )
+        for nodes in records[0]["greedy"]
+    ]
+    drawing = plots.lines(lines, x_label="log2 of training rows")
+    figure = report.figure("tau on MT-Bench", drawing, records[-1]["command"], [line.name for line in lines])
+    return report.page("Tau against data and compute", [figure])
+
+
+def main() -> int:
+    """Parse the command line, measure the sizes that are missing, print the table and draw the curve."""
+    parser = cli.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base_model", default=DEFAULT_BASE)
+    parser.add_argument("--hidden_state_cache", type=Path, required=True, help="shared by all sizes")
+    parser.add_argument("--output_dir", type=Path, required=True, help="one JSON per size, and the curve")
+    parser.add_argument("--sizes", type=float, nargs="+", default=[1 / 16, 1 / 8, 1 / 4, 1 / 2, 1], help="shares")
+    parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--prompts", type=int, default=80, help="MT-Bench first turns")
+    parser.add_argument("--new_tokens", type=int, default=96)
+    parser.add_argument("--max_tree_nodes", type=int, nargs="+", default=[8, 16, 0], help="0 is the full tree")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    verifier, tokenizer = Verifier.from_pretrained(args.base_model), data.load_tokenizer(args.base_model)
+    questions, _ = evaluation.load_questions("mt-bench", args.prompts, spread=True)
+    prompts = [data.render(tokenizer, [{"role": "user", "content": q.turns[0]}], ask=True) for q in questions]
+    total = len(distillation.self_rows(verifier, tokenizer, Path(), None)) - HELD_OUT_ROWS
+    for share in sorted(args.sizes):
+        print(measure(args, round(share * total), verifier, prompts), flush=True)
+    records = [json.loads(path.read_text()) for path in sorted(args.output_dir.glob("rows-*.json"))]
+    print(show(records))
+    evaluation.write_text(plot(records), args.output_dir / "curve.html")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, debug=False))
