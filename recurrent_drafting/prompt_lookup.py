@@ -192,6 +192,27 @@ def join(beams: Beams, copies: Copies) -> Beams:
     )
 
 
+def best_chain(beams: Beams, copies: Copies) -> tuple[Tensor, Tensor]:
+    """Choose between the drafter's chain and the copy, for engines that verify one chain per row.
+
+    Args:
+        beams: of width 1, ``[B, L, 1]``.
+        copies: L tokens per row.
+
+    Returns:
+        Tokens, int64 ``[B, L]``, and how many of them are expected to be accepted, ``[B]``; 0 where there is
+        nothing to propose.
+    """
+    joined = join(beams, copies)
+    drafted, alone = joined.log_probs.unbind(dim=2)
+    # What both propose stands in the drafter's column.
+    copied = torch.where(alone.isneginf(), drafted, alone).exp().sum(dim=1)
+    copied = torch.where(copies.log_probs[:, 0].isneginf(), 0.0, copied)
+    own = drafted.exp().sum(dim=1)
+    better = (copied > own).unsqueeze(1)
+    return torch.where(better, joined.tokens[:, :, 1], joined.tokens[:, :, 0]), torch.maximum(own, copied)
+
+
 def _pooled(repeat: Tensor, drafter: Tensor) -> Tensor:
     """Return the probability of a copied token, from that of the repeat and that of the drafter."""
     odds = _REPEAT_WEIGHT * repeat.clamp(_LEAST, 1 - _LEAST).logit() + _DRAFTER_WEIGHT * drafter.logit()

@@ -30,6 +30,7 @@ from recurrent_drafting.checkpoint import load_drafter
 from recurrent_drafting.config import BeamConfig
 from recurrent_drafting.drafter import Drafter
 from recurrent_drafting.errors import ModelError, UsageError
+from recurrent_drafting.prompt_lookup import Copies, RepeatIndex, best_chain
 
 SPECULATOR_VARIABLE = "RECURRENT_DRAFTING_SPECULATOR"
 KNOWN_VERSIONS = ("0.32",)
@@ -132,8 +133,28 @@ def _mend_expansion(device: torch.device) -> None:
         rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
 
 
+class _Texts:
+    """Repeats of the engine's rows; an index grows with its row, and a row that holds another text gets a new one."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[np.ndarray[Any, Any], RepeatIndex]] = {}
+
+    def index(self, row: int, tokens: np.ndarray[Any, Any]) -> RepeatIndex:
+        """Return the index of a row that holds these tokens, its root the last."""
+        known, index = self._kept.get(row, (tokens[:0], None))
+        if index is None or not np.array_equal(known, tokens[: len(known)]):
+            index = RepeatIndex(tokens.tolist())
+        else:
+            index.extend(tokens[len(known) :].tolist())
+        self._kept[row] = tokens.copy(), index
+        return index
+
+
 class RecurrentDraftingProposer:
     """Propose a chain of draft tokens for each request of a step; named in vLLM's speculative config.
+
+    Where the drafter's config has a ``lookup_length``, the chain is the drafter's or a copy of what followed the
+    text's last tokens before, whichever is expected to be accepted further.
 
     Args:
         vllm_config: the engine's configuration.
@@ -156,6 +177,7 @@ class RecurrentDraftingProposer:
                 '--additional-config \'{"speculator_path": "DIR"}\''
             )
         self._watch = _EngineWatch()
+        self._texts = _Texts()
         self._drafter: Drafter | None = None
         self._embed: Any = None
 
@@ -179,7 +201,7 @@ class RecurrentDraftingProposer:
         self,
         sampled_token_ids: Sequence[Sequence[int]],
         num_tokens_no_spec: np.ndarray[Any, Any],
-        token_ids_cpu: np.ndarray[Any, Any],  # noqa: ARG002 - vLLM passes it
+        token_ids_cpu: np.ndarray[Any, Any],
         slot_mappings: object = None,  # noqa: ARG002 - vLLM passes it
     ) -> list[list[int]]:
         """Return up to ``num_speculative_tokens`` draft tokens per request.
@@ -187,7 +209,7 @@ class RecurrentDraftingProposer:
         Args:
             sampled_token_ids: tokens that this step decided, per request; empty while a prompt is being read.
             num_tokens_no_spec: tokens of each request, the new ones included.
-            token_ids_cpu: unused.
+            token_ids_cpu: tokens by request, the new ones included, ``[R, T]``.
             slot_mappings: unused.
 
         Raises:
@@ -202,19 +224,28 @@ class RecurrentDraftingProposer:
         assert self._watch.step.hidden is not None
         context = self._watch.step.hidden[[rows[i] for i in asked]]
         root = torch.tensor([sampled_token_ids[i][-1] for i in asked], device=context.device)
-        for i, chain in zip(asked, self._draft(context, root), strict=True):
+        texts = [token_ids_cpu[i, : int(num_tokens_no_spec[i])] for i in asked]
+        copies = Copies.of(self._indices(asked, texts), self._length, context.device)
+        for i, chain in zip(asked, self._draft(context, root, copies), strict=True):
             proposals[i] = chain[: rooms[i]]
         return proposals
 
+    def _indices(self, rows: Sequence[int], texts: Sequence[np.ndarray[Any, Any]]) -> list[RepeatIndex]:
+        """Return each row's repeats; without prompt lookup none of them has any."""
+        assert self._drafter is not None
+        if not self._drafter.config.lookup_length:
+            return [RepeatIndex([])] * len(rows)
+        return [self._texts.index(row, text) for row, text in zip(rows, texts, strict=True)]
+
     @torch.inference_mode()
-    def _draft(self, context: Tensor, root: Tensor) -> list[list[int]]:
-        """Return the drafter's greedy chain per request, from contexts ``[B, H]`` and roots ``[B]``."""
+    def _draft(self, context: Tensor, root: Tensor, copies: Copies) -> list[list[int]]:
+        """Return a chain per request, from contexts ``[B, H]``, roots ``[B]`` and copies ``[B, L]``."""
         assert self._drafter is not None
         beam = BeamConfig(width=1, length=self._length)
         beams = beam_search.draft(self._drafter, context.to(self._drafter.dtype), root, self._embed, beam)
-        chains: list[list[int]] = beams.tokens[:, :, 0].tolist()
-        finite = torch.isfinite(beams.log_probs[:, :, 0]).all(dim=1).tolist()
-        return [chain if ok else [] for chain, ok in zip(chains, finite, strict=True)]
+        tokens, expected = best_chain(beams, copies)
+        chains: list[list[int]] = tokens.tolist()
+        return [chain if gain > 0 else [] for chain, gain in zip(chains, expected.tolist(), strict=True)]
 
     def _room(self, tokens: int) -> int:
         """Return how many draft tokens still fit behind a request's tokens."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from recurrent_drafting import AutoregressiveDecoder, BeamConfig, SpeculativeDecoder, Verifier
 from recurrent_drafting.draft_tree import Beams, DraftTree
-from recurrent_drafting.prompt_lookup import MAX_MATCH, Copies, RepeatIndex, join
+from recurrent_drafting.prompt_lookup import MAX_MATCH, Copies, RepeatIndex, best_chain, join
 from tests.test_draft_tree import beam_path, beams, path, roots
 from tests.tiny import CONFIGS, make_drafter, make_verifier
 
@@ -146,6 +146,26 @@ def test_rows_without_a_repeat_are_left_as_they_are() -> None:
     kept = Beams(torch.tensor([[[4, 5]]]), torch.zeros(1, 1, 2, dtype=torch.long), torch.tensor([[[-0.5, -1.5]]]))
     joined = join(kept, Copies.of([RepeatIndex([1, 2, 3])], 2, CPU))
     assert joined.log_probs.tolist() == [[[-0.5, -1.5, -math.inf], [-math.inf, -math.inf, -math.inf]]]
+
+
+@many
+@given(st.data())
+def test_of_two_chains_the_one_that_is_expected_to_go_further_is_chosen(data: st.DataObject) -> None:
+    kept = data.draw(beams().filter(lambda drawn: drawn.tokens.shape[2] == 1))
+    batch, length, _ = kept.tokens.shape
+    drawn = data.draw(copies(batch))
+    copied = Copies(*(part.repeat(1, length)[:, :length] for part in (drawn.tokens, drawn.log_probs)))
+    tokens, expected = best_chain(kept, copied)
+    for row in range(batch):
+        gains = []
+        for chain in (kept.tokens[row, :, 0].tolist(), copied.tokens[row].tolist()):
+            paths = reference(kept, copied, row)
+            lines = [(int(roots(kept)[row]), *chain[: depth + 1]) for depth in range(length)]
+            gains.append(sum(math.exp(paths.get(line, -math.inf)) for line in lines))
+        assert math.isclose(float(expected[row]), max(gains), abs_tol=1e-2)
+        if abs(gains[0] - gains[1]) > 1e-2:
+            source = kept.tokens[row, :, 0] if gains[0] > gains[1] else copied.tokens[row]
+            assert tokens[row].tolist() == source.tolist()
 
 
 def make_looping_verifier(family: str) -> Verifier:

@@ -138,6 +138,29 @@ def test_a_non_finite_context_proposes_nothing(engine: Any) -> None:
     assert proposer.propose([[7]], np.array([10]), np.zeros((1, MAX_MODEL_LEN))) == [[]]
 
 
+def test_what_the_text_repeats_is_copied_if_the_drafter_allows_it(engine: Any, drafter: Drafter) -> None:
+    proposer, target = engine
+    proposer._drafter.config.lookup_length = 8
+    texts = np.zeros((2, MAX_MODEL_LEN), dtype=np.int32)
+
+    def step(*rows: list[int]) -> tuple[list[list[int]], Tensor]:
+        for row, tokens in enumerate(rows):
+            texts[row, : len(tokens)] = tokens
+        hidden = torch.randn(len(rows), VERIFIER.hidden_size, dtype=torch.float64)
+        target.compute_logits(hidden)
+        sample()
+        return proposer.propose([[row[-1]] for row in rows], np.array([len(row) for row in rows]), texts), hidden
+
+    once, twice = [4, 5, 6, 7, 8, 9], [4, 5, 6, 7, 8, 9, 1, 4, 5]
+    (first, second), hidden = step(once, twice)
+    assert first == chain(drafter, hidden[0], 9) and second == [6, 7, 8]
+    (first, second), _ = step([*once, 2, 4, 5], [*twice, 6])
+    assert (first, second) == ([6, 7, 8], [7, 8, 9])
+    # Another request takes a row.
+    (first, second), hidden = step([*once, 2, 4, 5, 6], [11, 12, 13])
+    assert first == [7, 8, 9] and second == chain(drafter, hidden[1], 13)
+
+
 def test_rows_that_do_not_add_up_are_an_error(engine: Any) -> None:
     proposer, target = engine
     target.compute_logits(torch.zeros(5, VERIFIER.hidden_size))
