@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """The drafter in the real vLLM engine: text, acceptance and tokens per second against vLLM without it.
 
-Engines of one process take turns on the same prompts: plain vLLM, vLLM's n-gram method, this drafter. Counters of
-drafts are those of the last one.
+Engines of one process take turns on the same prompts: plain vLLM, vLLM's n-gram method, this drafter without and with
+prompt lookup. Counters of drafts are those of the last one.
 Needs vLLM (``pip install -e ".[vllm]"``).
 
 Example:
@@ -62,6 +62,7 @@ def make_engines(args: argparse.Namespace) -> dict[str, Run]:
     speculation: dict[str, Any] = {
         "plain": None,
         "ngram": {"method": "ngram", "num_speculative_tokens": args.drafts, "prompt_lookup_max": 3},
+        "drafter_alone": {"model": PROPOSER, "num_speculative_tokens": args.drafts},
         "drafter": {"model": PROPOSER, "num_speculative_tokens": args.drafts},
     }
     path = str(assets.model_directory(args.base_model)) if assets.is_asset(args.base_model) else args.base_model
@@ -72,11 +73,14 @@ def make_engines(args: argparse.Namespace) -> dict[str, Run]:
         "enforce_eager": True,
         "disable_log_stats": False,
     }
-    return {
-        name: Run(vllm.LLM(path, **options, **({"speculative_config": config} if config else {})))
-        for name, config in speculation.items()
-        if name in args.engines
-    }
+    runs = {}
+    for name, config in speculation.items():
+        if name in args.engines:
+            more: dict[str, Any] = {"speculative_config": config} if config else {}
+            if name == "drafter_alone":
+                more["additional_config"] = {"lookup": False}
+            runs[name] = Run(vllm.LLM(path, **options, **more))
+    return runs
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -148,7 +152,7 @@ def main() -> int:
     parser.add_argument("--drafts", type=int, default=3, help="num_speculative_tokens")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--engines", nargs="+", default=["plain", "ngram", "drafter"])
+    parser.add_argument("--engines", nargs="+", default=["plain", "ngram", "drafter_alone", "drafter"])
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     record = measure(args)

@@ -154,7 +154,8 @@ class RecurrentDraftingProposer:
     """Propose a chain of draft tokens for each request of a step; named in vLLM's speculative config.
 
     Where the drafter's config has a ``lookup_length``, the chain is the drafter's or a copy of what followed the
-    text's last tokens before, whichever is expected to be accepted further.
+    text's last tokens before, whichever is expected to be accepted further; ``"lookup": false`` in the engine's
+    additional config turns that off.
 
     Args:
         vllm_config: the engine's configuration.
@@ -169,8 +170,10 @@ class RecurrentDraftingProposer:
         # Not that of a weight, which may be quantised.
         self._dtype: torch.dtype = vllm_config.model_config.dtype
         self._base = str(vllm_config.model_config.model)
-        named = (vllm_config.additional_config or {}).get("speculator_path")
-        self._path = named or os.environ.get(SPECULATOR_VARIABLE)
+        additional = vllm_config.additional_config or {}
+        self._path = additional.get("speculator_path") or os.environ.get(SPECULATOR_VARIABLE)
+        # None: as the drafter's config says.
+        self._copies: bool | None = additional.get("lookup")
         if not self._path:
             raise UsageError(
                 f"no drafter is named: set {SPECULATOR_VARIABLE} to its directory, or pass "
@@ -233,7 +236,7 @@ class RecurrentDraftingProposer:
     def _indices(self, rows: Sequence[int], texts: Sequence[np.ndarray[Any, Any]]) -> list[RepeatIndex]:
         """Return each row's repeats; without prompt lookup none of them has any."""
         assert self._drafter is not None
-        if not self._drafter.config.lookup_length:
+        if not (bool(self._drafter.config.lookup_length) if self._copies is None else self._copies):
             return [RepeatIndex([])] * len(rows)
         return [self._texts.index(row, text) for row, text in zip(rows, texts, strict=True)]
 

@@ -156,6 +156,10 @@ def test_what_the_text_repeats_is_copied_if_the_drafter_allows_it(engine: Any, d
     assert first == chain(drafter, hidden[0], 9) and second == [6, 7, 8]
     (first, second), _ = step([*once, 2, 4, 5], [*twice, 6])
     assert (first, second) == ([6, 7, 8], [7, 8, 9])
+    proposer._copies = False
+    (first, _), hidden = step([*once, 2, 4, 5], [*twice, 6])
+    assert first == chain(drafter, hidden[0], 5)
+    proposer._copies = None
     # Another request takes a row.
     (first, second), hidden = step([*once, 2, 4, 5, 6], [11, 12, 13])
     assert first == [7, 8, 9] and second == chain(drafter, hidden[1], 13)
