@@ -17,14 +17,13 @@ from torch.nn import functional
 
 from recurrent_drafting.draft_tree import Beams
 
-# A repeat is found by its last tokens, and measured up to a longest length; of several the longest counts,
-# and the latest among equals. So many are compared.
-_KEY_TOKENS = 2
+# A repeat is found by its last two tokens, and measured up to a longest length; of several the longest counts,
+# and the latest among equals. So many are compared. Where there is none, the latest place of the last token counts.
 MAX_MATCH = 9
 _MOST_COMPARED = 16
-# How often a repeat of 2, 3, ... tokens went on by one more in replies of the packaged base, and how many tokens
+# How often a repeat of 1, 2, 3, ... tokens went on by one more in replies of the packaged base, and how many tokens
 # of a row's own record that is worth.
-_PRIOR_RATES = (0.48, 0.62, 0.73, 0.76, 0.77, 0.82, 0.82, 0.90)
+_PRIOR_RATES = (0.24, 0.48, 0.62, 0.73, 0.76, 0.77, 0.82, 0.82, 0.90)
 _PRIOR_TOKENS = 4.0
 # A logistic regression on the same replies: log-odds of the copied token from those that the repeat gives it and
 # those that the drafter gives it. The drafter's odds of a token that it did not keep are not known, but low.
@@ -42,8 +41,9 @@ class RepeatIndex:
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self._text: list[int] = []
-        # The latest position after each key, and for each position the one before it with the same key.
-        self._latest: dict[tuple[int, ...], int] = {}
+        # The latest position after each token and each pair, and per position the one before it with the same pair.
+        self._latest: dict[int, int] = {}
+        self._latest_pair: dict[tuple[int, int], int] = {}
         self._earlier: list[int] = []
         self._source = self._length = 0
         self._hits = [rate * _PRIOR_TOKENS for rate in _PRIOR_RATES]
@@ -55,9 +55,8 @@ class RepeatIndex:
         """Append decided tokens; they count in the record of repeats."""
         for token in tokens:
             if self._length:
-                bucket = self._length - _KEY_TOKENS
-                self._tries[bucket] += 1
-                self._hits[bucket] += self._text[self._source] == token
+                self._tries[self._length - 1] += 1
+                self._hits[self._length - 1] += self._text[self._source] == token
             self._append(token)
 
     def continuation(self, most: int) -> tuple[list[int], list[float]]:
@@ -75,37 +74,37 @@ class RepeatIndex:
         tokens = self._text[self._source : self._source + most]
         while len(tokens) < most:  # the repeat runs into the end: what it copies goes on with the copy
             tokens.append(tokens[len(tokens) - (len(self._text) - self._source)])
-        lengths = range(self._length, self._length + most)
-        buckets = [min(length, MAX_MATCH) - _KEY_TOKENS for length in lengths]
-        return tokens, [math.log(self._hits[bucket] / self._tries[bucket]) for bucket in buckets]
+        places = [min(length, MAX_MATCH) - 1 for length in range(self._length, self._length + most)]
+        return tokens, [math.log(self._hits[place] / self._tries[place]) for place in places]
 
     def _append(self, token: int) -> None:
         text = self._text
+        pair = (text[-1], token) if text else None
         text.append(token)
-        key = tuple(text[-_KEY_TOKENS:])
-        self._earlier.append(self._latest.get(key, 0) if len(key) == _KEY_TOKENS else 0)
+        self._earlier.append(self._latest_pair.get(pair, 0) if pair else 0)
         self._source, self._length = self._longest()
-        if len(key) == _KEY_TOKENS:
-            self._latest[key] = len(text)
+        self._latest[token] = len(text)
+        if pair:
+            self._latest_pair[pair] = len(text)
 
     def _longest(self) -> tuple[int, int]:
         """Return the position after the longest earlier repeat of the text's end, and its length (0: there is none)."""
-        end, best, longest = len(self._text), 0, 0
+        best = self._latest.get(self._text[-1], 0)
+        longest = min(best, 1)
         position = self._earlier[-1]
         for _ in range(_MOST_COMPARED):
             if not position or longest == MAX_MATCH:
                 break
-            length = self._common(position, end)
+            length = self._common(position)
             if length > longest:
                 best, longest = position, length
             position = self._earlier[position - 1]
         return best, longest
 
-    def _common(self, first: int, second: int) -> int:
-        """Return how many tokens before two positions are the same, from the keys' own up to ``MAX_MATCH``."""
-        length = _KEY_TOKENS
-        most = min(MAX_MATCH, first)
-        while length < most and self._text[first - 1 - length] == self._text[second - 1 - length]:
+    def _common(self, position: int) -> int:
+        """Return how many tokens before a position are those of the text's end: two at least, ``MAX_MATCH`` at most."""
+        text, length = self._text, 2
+        while length < min(MAX_MATCH, position) and text[position - 1 - length] == text[-1 - length]:
             length += 1
         return length
 

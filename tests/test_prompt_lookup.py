@@ -20,10 +20,12 @@ CPU = torch.device("cpu")
 
 
 def longest_repeat(text: list[int]) -> int | None:
-    """Return where the longest earlier repeat of the end (two tokens or more) ends, the latest among equals."""
-    best, longest, compared = None, 1, 0
-    for end in range(len(text) - 1, 1, -1):
-        if text[end - 2 : end] != text[-2:]:
+    """Return where the longest earlier repeat of the end ends, the latest among equals."""
+    best, longest, compared = None, 0, 0
+    for end in range(len(text) - 1, 0, -1):
+        if longest == 0 and text[end - 1] == text[-1]:
+            best, longest = end, 1
+        if end == 1 or text[end - 2 : end] != text[-2:]:
             continue
         length = 2
         while length < min(end, MAX_MATCH) and text[end - 1 - length] == text[len(text) - 1 - length]:
