@@ -57,18 +57,23 @@ TIMED_STEPS = 40
 HELD_OUT_ROWS = 64
 
 
-def train(args: argparse.Namespace, change: str, seed: int, steps: int, output: Path) -> float:
+def train(args: argparse.Namespace, recipe: str, output: Path) -> float:
     """Run the training script; return the seconds that its steps took."""
-    command = [*BASE.split(), *change.split(), "--seed", str(seed), "--max_steps", str(steps)]
     places = ["--output_dir", str(output), "--hidden_state_cache", str(args.hidden_state_cache)]
     quiet = ["--serve_check_prompts", "0", "--save_strategy", "no"]
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), *command, *places, *quiet], capture_output=True, text=True, check=False
+        [sys.executable, str(SCRIPT), *recipe.split(), *places, *quiet], capture_output=True, text=True, check=False
     )
     found = re.search(r"'train_runtime': '?([0-9.e+]+)", done.stdout)
     if done.returncode or found is None:
-        raise ResourceError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
+        raise ResourceError(f"{recipe} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
     return float(found.group(1))
+
+
+def write_row(args: argparse.Namespace, recipe: str, figures: dict[str, Any], path: Path) -> None:
+    """Write what a row is, what it took, and on what its tau was measured."""
+    common = {"new_tokens": args.new_tokens, "machine": evaluation.machine()}
+    evaluation.write_json({"command": f"python train_speculator.py {recipe}", **figures, **common}, path)
 
 
 def held_out(args: argparse.Namespace, verifier: Verifier, tokenizer: Any) -> list[list[int]]:
@@ -95,30 +100,27 @@ def measure(args: argparse.Namespace, name: str, seed: int, verifier: Verifier, 
     path = args.output_dir / f"{name}-seed{seed}.json"
     if path.exists():
         return path
-    change = CHANGES[name]
+    recipe = " ".join(f"{BASE} {CHANGES[name]} --seed {seed}".split())
     with tempfile.TemporaryDirectory() as scratch:
         # A first run writes the hidden states and is not timed.
-        train(args, change, seed, 2, Path(scratch) / "states")
-        step = train(args, change, seed, TIMED_STEPS, Path(scratch) / "timed") / TIMED_STEPS
+        train(args, f"{recipe} --max_steps 2", Path(scratch) / "states")
+        step = train(args, f"{recipe} --max_steps {TIMED_STEPS}", Path(scratch) / "timed") / TIMED_STEPS
         steps = max(int(args.seconds / step), TIMED_STEPS)
         start = time.perf_counter()
-        seconds = train(args, change, seed, steps, Path(scratch) / "run")
+        seconds = train(args, f"{recipe} --max_steps {steps}", Path(scratch) / "run")
         whole = time.perf_counter() - start
         tau = decode(args, verifier, prompts, Path(scratch) / "run")
-    record = {
+    figures = {
         "row": name,
-        "command": f"python train_speculator.py {BASE} {change}".rstrip() + f" --seed {seed} --max_steps {steps}",
         "seed": seed,
         "steps": steps,
         "training_seconds": round(seconds, 1),
         "whole_seconds": round(whole, 1),
         "budget_seconds": args.seconds,
         "prompts": len(prompts),
-        "new_tokens": args.new_tokens,
         "greedy": tau,
-        "machine": evaluation.machine(),
     }
-    evaluation.write_json(record, path)
+    write_row(args, f"{recipe} --max_steps {steps}", figures, path)
     return path
 
 

@@ -14,20 +14,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shlex
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from ablations import BASE, HELD_OUT_ROWS, SCRIPT, decode
+from ablations import BASE, HELD_OUT_ROWS, decode, train, write_row
 
 from recurrent_drafting import Verifier, cli, data, distillation, evaluation, plots, report
 from recurrent_drafting.assets import DEFAULT_BASE
-from recurrent_drafting.errors import ResourceError
 
 
 def measure(args: argparse.Namespace, rows: int, verifier: Verifier, prompts: list[list[int]]) -> Path:
@@ -37,28 +33,10 @@ def measure(args: argparse.Namespace, rows: int, verifier: Verifier, prompts: li
         return path
     recipe = f"{BASE} --num_train_epochs {args.epochs:g} --max_train_samples {rows + HELD_OUT_ROWS}"
     with tempfile.TemporaryDirectory() as scratch:
-        places = f"--output_dir {shlex.quote(scratch)}/run --hidden_state_cache {args.hidden_state_cache}"
-        quiet = "--serve_check_prompts 0 --save_strategy no --overwrite_output_dir"
-        start = time.perf_counter()
-        command = [sys.executable, str(SCRIPT), *shlex.split(f"{recipe} {places} {quiet}")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise ResourceError(f"{recipe} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
-        seconds = time.perf_counter() - start
-        state = json.loads((Path(scratch) / "run" / "trainer_state.json").read_text())
+        seconds = train(args, recipe, Path(scratch) / "run")
         tau = decode(args, verifier, prompts, Path(scratch) / "run")
-    record = {
-        "command": f"python train_speculator.py {recipe}",
-        "rows": rows,
-        "epochs": args.epochs,
-        "steps": state["global_step"],
-        "whole_seconds": round(seconds, 1),
-        "prompts": len(prompts),
-        "new_tokens": args.new_tokens,
-        "greedy": tau,
-        "machine": evaluation.machine(),
-    }
-    evaluation.write_json(record, path)
+    figures = {"rows": rows, "epochs": args.epochs, "training_seconds": round(seconds, 1)}
+    write_row(args, recipe, {**figures, "prompts": len(prompts), "greedy": tau}, path)
     return path
 
 
@@ -73,9 +51,9 @@ def fit(records: list[dict[str, Any]], nodes: str) -> tuple[float, float]:
 
 def show(records: list[dict[str, Any]]) -> str:
     """Return the sizes, the gain per doubling of the last step and of the line, and what a tenfold would give."""
-    lines = ["| rows | steps | seconds | tau, 16 nodes | tau, all |", "|---|---|---|---|---|"]
+    lines = ["| rows | seconds | tau, 16 nodes | tau, all |", "|---|---|---|---|"]
     lines += [
-        f"| {record['rows']} | {record['steps']} | {record['whole_seconds']:.0f} "
+        f"| {record['rows']} | {record['training_seconds']:.0f} "
         f"| {record['greedy']['16']['tau']:.3f} | {record['greedy']['all']['tau']:.3f} |"
         for record in records
     ]
