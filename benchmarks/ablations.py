@@ -57,6 +57,11 @@ TIMED_STEPS = 40
 HELD_OUT_ROWS = 64
 
 
+def make_recipe(args: argparse.Namespace, change: str) -> str:
+    """Return the flags of the base recipe and a change to it."""
+    return " ".join(f"--llm_name_or_path {args.base_model} {BASE} {change}".split())
+
+
 def train(args: argparse.Namespace, recipe: str, output: Path) -> float:
     """Run the training script; return the seconds that its steps took."""
     places = ["--output_dir", str(output), "--hidden_state_cache", str(args.hidden_state_cache)]
@@ -100,7 +105,7 @@ def measure(args: argparse.Namespace, name: str, seed: int, verifier: Verifier, 
     path = args.output_dir / f"{name}-seed{seed}.json"
     if path.exists():
         return path
-    recipe = " ".join(f"{BASE} {CHANGES[name]} --seed {seed}".split())
+    recipe = make_recipe(args, f"{CHANGES[name]} --seed {seed}")
     with tempfile.TemporaryDirectory() as scratch:
         # A first run writes the hidden states and is not timed.
         train(args, f"{recipe} --max_steps 2", Path(scratch) / "states")

@@ -330,7 +330,8 @@ def _record(
     return {
         "command": f"python benchmarks/peers.py --dtype {args.dtype} --temperature {args.temperature} "
         f"--batch_size {args.batch_size} --prompts {args.prompts} --new_tokens {args.new_tokens} "
-        f"--rounds {args.rounds}{' --prompt_lookup' if args.prompt_lookup else ''}"
+        f"--rounds {args.rounds}"
+        + (" --prompt_lookup" if args.prompt_lookup else "")
         + ("" if args.max_tree_nodes is None else f" --max_tree_nodes {args.max_tree_nodes}"),
         "base_model": args.base_model,
         "machine": evaluation.machine(),

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ablations import BASE, HELD_OUT_ROWS, decode, train, write_row
+from ablations import HELD_OUT_ROWS, decode, make_recipe, train, write_row
 
 from recurrent_drafting import Verifier, cli, data, distillation, evaluation, plots, report
 from recurrent_drafting.assets import DEFAULT_BASE
@@ -31,7 +31,7 @@ def measure(args: argparse.Namespace, rows: int, verifier: Verifier, prompts: li
     path: Path = args.output_dir / f"rows-{rows:06d}.json"
     if path.exists():
         return path
-    recipe = f"{BASE} --num_train_epochs {args.epochs:g} --max_train_samples {rows + HELD_OUT_ROWS}"
+    recipe = make_recipe(args, f"--num_train_epochs {args.epochs:g} --max_train_samples {rows + HELD_OUT_ROWS}")
     with tempfile.TemporaryDirectory() as scratch:
         seconds = train(args, recipe, Path(scratch) / "run")
         tau = decode(args, verifier, prompts, Path(scratch) / "run")
