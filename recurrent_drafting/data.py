@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -675,11 +676,27 @@ def load_tokenizer(name_or_path: str, revision: str | None = None, *, trust_remo
     source = str(assets.model_directory(name_or_path)) if assets.is_asset(name_or_path) else name_or_path
     try:
         if (file := Path(source) / "tokenizer.json").exists():
-            # Damage that shows as JSON; the library behind has no class for its errors.
             manifest.read_json(file)
-        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        with _BareException():
+            return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except checkpoint.LOAD_FAILURES as error:
         raise DataError(f"no tokenizer for {name_or_path}: {_first_line(error)}; save one beside the model") from error
+
+
+class _BareException:
+    """Turn what is raised as ``Exception`` itself into a ``ValueError``.
+
+    The library behind tokenizers has no class for its errors, and an ``except`` clause for this one would take all.
+    """
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is Exception:
+            raise ValueError(f"tokenizer.json is not a tokenizer: {error}") from error
 
 
 def check_tokenizer(tokenizer: Any, trained_with: str | None, base: str) -> None:

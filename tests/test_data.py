@@ -497,10 +497,12 @@ def test_no_packaged_prompt_shares_a_13_gram_with_mt_bench() -> None:
     references = {ngram for _, row in questions for turn in row["turns"] for ngram in data.word_ngrams(turn)}
     tokenizer = data.load_tokenizer("smollm2-135m-instruct")
     folder = Path(data.__file__).parent / "data"
-    packed, metadata = data.load_packed(folder / "smollm2-135m-instruct-self.safetensors")
-    assert metadata["fingerprint"] == assets.ASSETS["smollm2-135m-instruct"].sha256
-    texts = [tokenizer.decode(row.input_ids[: row.loss_mask.index(True)]) for row in packed.rows]
+    parts = [data.load_packed(path) for path in sorted(folder.glob("smollm2-135m-instruct-self*.safetensors"))]
+    assert {metadata["fingerprint"] for _, metadata in parts} == {assets.ASSETS["smollm2-135m-instruct"].sha256}
+    rows = [row for packed, _ in parts for row in packed.rows]
+    assert len(rows) > 10_000
+    texts = [tokenizer.decode(row.input_ids[: row.loss_mask.index(True)]) for row in rows]
     assert len(references) > 1000
     assert [text for text in texts if data.shares_ngram(text, references)] == []
     header = data.render(tokenizer, [{"role": "user", "content": "Hello"}], ask=True)[:20]
-    assert all(row.input_ids[:20] == header for row in packed.rows)
+    assert all(row.input_ids[:20] == header for row in rows)

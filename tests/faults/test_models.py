@@ -234,3 +234,25 @@ def test_a_base_whose_tokenizer_is_missing(models: Models, tmp_path: Path, capsy
         path.unlink()
     argv = generate_argv(models, "--prompt", "a", "--base_model", str(base))
     refused(generate_speculator.main, argv, 3, capsys, "no tokenizer for", str(base))
+
+
+BROKEN_TOKENIZERS = {
+    "an empty object": lambda _: {},
+    "a list": lambda good: [good],
+    "a number": lambda _: 3,
+    "no model": lambda good: {**good, "model": {}},
+    "a version of another time": lambda good: {**good, "version": "9"},
+    "an unknown part": lambda good: {**good, "pre_tokenizer": {"type": "Nope"}},
+    "a token id below zero": lambda good: {**good, "added_tokens": [{"id": -3}]},
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN_TOKENIZERS)
+def test_a_tokenizer_file_that_is_json_and_no_tokenizer(
+    models: Models, fault: str, tmp_path: Path, capsys: Capture
+) -> None:
+    base = save_base(tmp_path / "base")
+    path = base / "tokenizer.json"
+    path.write_text(json.dumps(BROKEN_TOKENIZERS[fault](json.loads(path.read_text()))))
+    argv = generate_argv(models, "--prompt", "a", "--base_model", str(base))
+    refused(generate_speculator.main, argv, 3, capsys, "no tokenizer for", str(base))
