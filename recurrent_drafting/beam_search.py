@@ -21,11 +21,13 @@ class Coupling:
         noise: Gumbel noise of the drafted positions over the draft vocabulary, ``[B, L, V_d]``.
         warp: the request's own temperature and filters, as a function of logits ``[R, V_d]``.
         temperature: allowance s for the drafter's own error.
+        sharpness: power c of the drafter's distribution before noise is added; 1 suits an exact drafter.
     """
 
     noise: Tensor
     warp: Callable[[Tensor], Tensor]
     temperature: float
+    sharpness: float = 1.0
 
 
 def draft(  # noqa: PLR0913, PLR0917 - six that say what to draft, one that says how far
@@ -40,7 +42,7 @@ def draft(  # noqa: PLR0913, PLR0917 - six that say what to draft, one that says
     """Keep the W most likely continuations at each of L depths.
 
     Uncoupled, a path scores the sum of the drafter's log-probabilities. Coupled, each depth scores
-    ``log softmax((log q + G) / s)``: the chance that this token is the one the verifier draws.
+    ``log softmax((c log q + G) / s)``, the chance that this token is the one the verifier draws.
 
     Args:
         drafter: the recurrent head.
@@ -92,6 +94,6 @@ def _expand(logits: Tensor, width: int, depth: int, coupling: Coupling | None) -
         batch, beams, vocab = logits.shape
         warped = coupling.warp(logits.reshape(-1, vocab)).view(batch, beams, vocab)
         # Log-probabilities would differ from these by a constant per beam, which ``logsumexp`` below takes out.
-        logits = (warped + coupling.noise[:, depth].unsqueeze(1).float()) / coupling.temperature
+        logits = (coupling.sharpness * warped + coupling.noise[:, depth].unsqueeze(1).float()) / coupling.temperature
     values, draft_ids = logits.topk(width, dim=-1)
     return values - logits.logsumexp(dim=-1, keepdim=True), draft_ids

@@ -32,6 +32,10 @@ from recurrent_drafting.verifier import Verifier, VerifierOutput
 
 logger = logging.getLogger(__name__)
 
+# Of many unlikely tokens the noise lifts most the one whose probability the drafter overrates, so its distribution is
+# sharpened. Fitted on sampled replies of the packaged base at temperatures 0.4, 0.7 and 1; no prompt of MT-Bench.
+_COUPLING_SHARPNESS = 1.3
+
 StopFunction = Callable[[Sequence[int]], int | None]
 
 
@@ -446,6 +450,7 @@ class SpeculativeDecoder(_Decoder):
             warp=lambda logits: warp(logits, sampling),
             # The request's temperature has stretched the drafter's error with its logits.
             temperature=self.beam.coupling / sampling.temperature,
+            sharpness=_COUPLING_SHARPNESS,
         )
 
 

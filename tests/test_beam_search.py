@@ -164,12 +164,14 @@ def test_rows_of_a_batch_do_not_touch_each_other() -> None:
         torch.testing.assert_close(alone.log_probs[0], together.log_probs[row])
 
 
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize(("temperature", "sharpness"), [(0.3, 1.0), (1.0, 1.3), (3.0, 0.7)])
 @pytest.mark.parametrize(
     "settings", [{"temperature": 1.0}, {"temperature": 0.6, "top_k": 4}, {"temperature": 2.0, "top_p": 0.7}]
 )
-def test_coupled_score_is_the_chance_of_being_drawn(settings: dict[str, float], temperature: float) -> None:
-    """Each depth scores log softmax((log q + G) / s), q after the request's temperature and filters."""
+def test_coupled_score_is_the_chance_of_being_drawn(
+    settings: dict[str, float], temperature: float, sharpness: float
+) -> None:
+    """Each depth scores log softmax((c log q + G) / s), q after the request's temperature and filters."""
     world = World(seed=3, draft_vocab_size=6)
     config = SamplingConfig(**settings)  # type: ignore[arg-type]
     noise = torch.stack([sampling.GumbelNoise(0, V, torch.device("cpu")).rows([b] * 2, [4, 5]) for b in range(BATCH)])
@@ -177,9 +179,10 @@ def test_coupled_score_is_the_chance_of_being_drawn(settings: dict[str, float], 
 
     def coupled(row: int, depth: int, logits: Tensor) -> Tensor:
         log_q = sampling.warp(logits.unsqueeze(0), config)[0].log_softmax(dim=0)
-        return ((log_q + noise[row, depth]) / temperature).log_softmax(dim=0)
+        return ((sharpness * log_q + noise[row, depth]) / temperature).log_softmax(dim=0)
 
-    beams = world.draft(BeamConfig(width=6, length=2), Coupling(noise, lambda x: sampling.warp(x, config), temperature))
+    coupling = Coupling(noise, lambda x: sampling.warp(x, config), temperature, sharpness)
+    beams = world.draft(BeamConfig(width=6, length=2), coupling)
     for row in range(BATCH):
         every = {path: world.score(row, path, coupled) for path in itertools.product(world.proposable, repeat=2)}
         best = sorted(every.values(), reverse=True)[:6]
