@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from recurrent_drafting import cli
 from recurrent_drafting.assets import DEFAULT_BASE
-from recurrent_drafting.errors import DataError, UsageError
+from recurrent_drafting.errors import DataError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from recurrent_drafting.data import TokenDataset
     from recurrent_drafting.distillation import DistilConfig
     from recurrent_drafting.estimate import ExpectedData
+    from recurrent_drafting.train_serve import TrainServeReport
     from recurrent_drafting.trainer import DrafterTrainer, TrainingArguments
 
 # What --quick sets; any flag given on the command line wins.
@@ -164,7 +165,10 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Tra
     if args.targets == "distilled":
         parser.set_defaults(objective="ce")
         args = parser.parse_args(argv)
+    if args.resume_from_checkpoint in {"", "False", "false"}:
+        args.resume_from_checkpoint = None
     check_arguments(args)
+    check_drafter_flags(args, given_names(argv))
     args.output_dir = args.output_dir or _default_output_dir(args)
     if args.warmup_ratio is not None:
         args.warmup_steps = args.warmup_ratio
@@ -175,9 +179,31 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Tra
             f"--targets distilled with --objective {args.objective}: KL needs the verifier's distribution along the "
             "text, continuations have tokens alone; use --objective ce or --kd_alpha 0"
         )
-    if training.report_to and not training.use_wandb and "--report_to" not in argv:
-        training.report_to = []
     return args, training
+
+
+def given_names(argv: Sequence[str]) -> set[str]:
+    """Return the settings that the command line itself names, by their place in the namespace."""
+    parser = build_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(argv)))
+
+
+def check_drafter_flags(args: argparse.Namespace, given: set[str]) -> None:
+    """Refuse flags that shape a new drafter where one is named; of beams and copies keep what was given for it.
+
+    Raises:
+        UsageError: the drafter that was named has a shape already.
+    """
+    if not args.drafter_name_or_path:
+        return
+    if shaping := sorted(given & {"exit_dim_multiplier", "draft_vocab_size", "rnn", "drafter_num_layers"}):
+        raise UsageError(
+            f"--{shaping[0]} shapes a new drafter, and {args.drafter_name_or_path} has its shape: drop one of the two"
+        )
+    for name in {"beam_width", "beam_length", "lookup_length"} - given:
+        setattr(args, name, None)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -186,12 +212,19 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         UsageError: with the range or the choices.
     """
+    from recurrent_drafting import BeamConfig
+
     least = {"model_max_length": 3, "max_train_samples": 1, "max_eval_samples": 1, "serve_check_prompts": 0}
-    least.update(distill_num_future_tokens=1, distill_max_examples=1)
+    least.update(distill_num_future_tokens=1, distill_max_examples=1, drafter_num_layers=0)
     for name, minimum in least.items():
         value = getattr(args, name)
         if value is not None and value < minimum:
             raise UsageError(f"--{name} must be >= {minimum}, got {value}")
+    if not 0 < args.exit_dim_multiplier < math.inf:
+        raise UsageError(f"--exit_dim_multiplier must be > 0 and finite, got {args.exit_dim_multiplier}")
+    if args.draft_vocab_size != "auto" and not args.draft_vocab_size.isdecimal():
+        raise UsageError(f"--draft_vocab_size must be auto or a number >= 0, got {args.draft_vocab_size!r}")
+    BeamConfig(args.beam_width, args.beam_length, lookup_length=args.lookup_length)
     if not 0 <= args.distill_temperature < math.inf:
         raise UsageError(f"--distill_temperature must be >= 0 and finite, got {args.distill_temperature}")
     if args.targets == "distilled" and args.distill_num_future_tokens < args.drafter_predict_n_tokens:
@@ -208,7 +241,7 @@ def _bf16_pays(argv: Sequence[str]) -> bool:
 
     from recurrent_drafting.verifier import resolve_device, resolve_dtype
 
-    return "--bf16" not in argv and resolve_dtype("auto", resolve_device("auto")) == torch.bfloat16
+    return not {"--bf16", "--fp16"} & set(argv) and resolve_dtype("auto", resolve_device("auto")) == torch.bfloat16
 
 
 def _default_output_dir(args: argparse.Namespace) -> str:
@@ -229,12 +262,15 @@ def claim_output_dir(args: argparse.Namespace) -> Iterator[None]:
     Raises:
         UsageError: it holds something, cannot be written or belongs to another run.
     """
-    from recurrent_drafting import manifest, run_guard
+    from recurrent_drafting import manifest, resume, run_guard
+    from recurrent_drafting.distillation import SELF_DATA
 
     path = Path(args.output_dir)
-    check_output_dir(args, leftovers={manifest.PARTIAL, run_guard.LOCK})
+    check_output_dir(args, leftovers={manifest.PARTIAL, run_guard.LOCK, SELF_DATA})
     with run_guard.only_run(path):
         manifest.remove_partial(path)
+        # Before anything is loaded: there must be a checkpoint to go on from.
+        args.resume_from_checkpoint = resume.locate(args.resume_from_checkpoint, path)
         yield
 
 
@@ -441,6 +477,11 @@ def make_drafter(
         drafter = load_drafter(args.drafter_name_or_path).float()
         check_fit(verifier, drafter)
         check_tokenizer(tokenizer, drafter.config.tokenizer_fingerprint, args.llm_name_or_path)
+        for name in ("beam_width", "beam_length", "lookup_length"):
+            if (value := getattr(args, name)) is not None:
+                setattr(drafter.config, name, value)
+        if args.phase == "train":
+            drafter.config.num_draft_tokens = args.drafter_predict_n_tokens
         return drafter
     token_ids, coverage = choose_draft_vocabulary(rows, args.draft_vocab_size, verifier.vocab_size)
     print(f"draft vocabulary: {len(token_ids)} of {verifier.vocab_size} tokens, {coverage:.1%} of the reply tokens")
@@ -531,21 +572,34 @@ def write_report(args: argparse.Namespace, trainer: DrafterTrainer, results: Map
     print(f"report: {path}")
 
 
-def evaluate(trainer: DrafterTrainer, rows: TokenDataset) -> int:
-    """Print loss, accuracies and simulated tau of the rows, and the tau of decoding their prompts."""
+def compare_served(
+    trainer: DrafterTrainer, rows: TokenDataset, limit: int | None, max_new_tokens: int
+) -> TrainServeReport | None:
+    """Compare what training simulates with what decoding serves; where that cannot be done say why and return None."""
     from recurrent_drafting import train_serve
 
+    reason = "no evaluation row has a prompt before its reply"
+    if prompts := train_serve.prompts_of(rows.rows, limit):
+        try:
+            return train_serve.compare(trainer.verifier, trainer.drafter, prompts, trainer.beam(), max_new_tokens)
+        except ResourceError as error:
+            reason = str(error)
+    print(f"train equals serve: not compared: {reason}")
+    return None
+
+
+def evaluate(trainer: DrafterTrainer, rows: TokenDataset) -> int:
+    """Print loss, accuracies and simulated tau of the rows, and the tau of decoding their prompts."""
     metrics = trainer.evaluate()
     if trainer.args.process_index == 0:
-        prompts, longest = train_serve.prompts_of(rows.rows), max(sum(row.loss_mask) for row in rows.rows)
-        report = train_serve.compare(trainer.verifier, trainer.drafter, prompts, trainer.beam(), longest)
-        served = {
+        report = compare_served(trainer, rows, None, max(sum(row.loss_mask) for row in rows.rows))
+        served = report and {
             "served_prompts": report.prompts,
             "served_tau": report.served.tau,
             "served_acceptance_by_depth": report.served.acceptance_by_depth,
             "served_text_simulated_tau": report.simulated.tau,
         }
-        print(json.dumps({**metrics, **served}, indent=2))
+        print(json.dumps({**metrics, **(served or {})}, indent=2))
     return 0
 
 
@@ -560,11 +614,10 @@ def finish(args: argparse.Namespace, trainer: DrafterTrainer, rows: TokenDataset
     print(f"drafter saved: {args.output_dir}")
     if trainer.args.process_index or not args.serve_check_prompts:
         return
-    prompts = train_serve.prompts_of(rows.rows, args.serve_check_prompts)
-    report = train_serve.compare(trainer.verifier, trainer.drafter, prompts, trainer.beam(), SERVE_CHECK_TOKENS)
-    print(f"train equals serve: {report.summary()}")
-    table = train_serve.evaluation_table(metrics, report)
-    tracking.log_table(trainer.callback_handler.callbacks, table, trainer.state.global_step)
+    if (report := compare_served(trainer, rows, args.serve_check_prompts, SERVE_CHECK_TOKENS)) is not None:
+        print(f"train equals serve: {report.summary()}")
+        table = train_serve.evaluation_table(metrics, report)
+        tracking.log_table(trainer.callback_handler.callbacks, table, trainer.state.global_step)
 
 
 def execute(args: argparse.Namespace, training: TrainingArguments, started: float) -> int:
@@ -578,7 +631,10 @@ def execute(args: argparse.Namespace, training: TrainingArguments, started: floa
     drafter = make_drafter(args, verifier, training_rows, tokenizer)
     print(f"drafter: {drafter.num_parameters() / 1e6:.2f} M parameters")
     if args.phase == "eval":
-        return evaluate(make_trainer(training, verifier, drafter, (training_rows, evaluation_rows)), evaluation_rows)
+        with tempfile.TemporaryDirectory(prefix="eval-") as scratch:
+            training.output_dir, training.report_to = scratch, []
+            trainer = make_trainer(training, verifier, drafter, (training_rows, evaluation_rows))
+            return evaluate(trainer, evaluation_rows)
     checkpoint = find_checkpoint(args, training, drafter, training_rows)
     with tempfile.TemporaryDirectory(prefix="hidden-states-", ignore_cleanup_errors=True) as scratch:
         training_rows = with_hidden_states(args, training, verifier, training_rows, scratch)
@@ -619,7 +675,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with distributed.one_voice(training):
             if args.dry_run:
                 return dry_run(args, training)
-            with claim_output_dir(args) if training.should_save else nullcontext():
+            writes = training.should_save and args.phase == "train"
+            with claim_output_dir(args) if writes else nullcontext():
                 return execute(args, training, started)
 
     return cli.run(body, debug)

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 
-from recurrent_drafting import manifest, memory
+from recurrent_drafting import assets, manifest, memory
 from recurrent_drafting.config import RecurrentDraftingConfig
 from recurrent_drafting.drafter import Drafter
 from recurrent_drafting.errors import ModelError, NetworkError, ResourceError
@@ -37,6 +37,8 @@ LOAD_FAILURES = (
     *(OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError, ImportError),
     *(SafetensorError, StrictDataclassError, HTTP_ERROR),
 )
+# What a fingerprint reads of a weight file: its first bytes, and pieces at equal distances.
+_HEADER_BYTES, _FINGERPRINT_SAMPLES, _SAMPLE_BYTES = 65_536, 256, 256
 _CONVERT = "convert with safetensors.torch.save_file"
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
@@ -55,6 +57,32 @@ def save_drafter(drafter: Drafter, directory: str | Path, fingerprints: Mapping[
     record = {"fingerprints": {**config_fingerprints(drafter.config), **(fingerprints or {})}}
     with manifest.files_of(Path(directory), record) as partial:
         drafter.save_pretrained(partial)
+
+
+def base_fingerprint(directory: Path) -> str | None:
+    """Return the identity of a base's weights, None where there are no weights in the directory.
+
+    It is the packaged file's SHA-256, else one of the weight files' sizes, headers and a sample of their bytes:
+    a fine-tuned copy differs everywhere, and weights of many gigabytes need not be read whole.
+
+    Args:
+        directory: a model as transformers saves it.
+
+    Raises:
+        ModelError: the record of a packaged model is damaged.
+    """
+    files = sorted(directory.glob("*.safetensors"))
+    if (packaged := assets.asset_fingerprint(directory)) is not None or not files:
+        return packaged
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            digest.update(size.to_bytes(8, "little") + file.read(_HEADER_BYTES))
+            for index in range(_FINGERPRINT_SAMPLES):
+                file.seek(size * index // _FINGERPRINT_SAMPLES)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def config_fingerprints(config: RecurrentDraftingConfig) -> dict[str, str | None]:

@@ -56,6 +56,8 @@ _MAX_PROMPT_TOKENS_WRITTEN = 160
 _SETTINGS = "settings.json"
 # Requests that transformers decode together; self-written rows where the number is not given.
 REPLY_BATCH, SELF_ROWS = 32, 1024
+# Where a run keeps what its base has written.
+SELF_DATA = "self_data"
 # Logits held at once while continuations are written, and the most branches of one forward: their
 # keys are visible to themselves alone, so that more of them are mostly masked work.
 _LOGITS_AT_ONCE = 2**24
@@ -458,15 +460,15 @@ def self_rows(verifier: Verifier, tokenizer: Any, directory: Path, num_rows: int
     Args:
         verifier: the base.
         tokenizer: the base's.
-        directory: chunks are kept in its ``self_data`` folder.
+        directory: chunks are kept in its folder ``SELF_DATA``, and found there again.
         num_rows: prompts to write where none are packaged; default ``SELF_ROWS``.
     """
     if (packaged := packaged_rows(verifier)) is not None:
         return packaged
     config = SelfDataConfig(num_rows=num_rows or SELF_ROWS)
     writer = SelfData(TransformersEngine(verifier), tokenizer, config, verifier.name_or_path)
-    writer.write(directory / "self_data")
-    return load_rows(directory / "self_data", tokenizer)[0]
+    writer.write(directory / SELF_DATA)
+    return load_rows(directory / SELF_DATA, tokenizer)[0]
 
 
 def packaged_rows(verifier: Verifier) -> list[EncodedRow] | None:

@@ -353,6 +353,8 @@ class Evaluation:
         described = {name: value for name, value in self._describe().items() if name != "latency_curve"}
         return {
             "base_model": settings.base_model,
+            "base": self._verifier.fingerprint,
+            "compiled": self._verifier.compiles,
             "speculator_path": settings.speculator_path,
             "drafter": self._speculative and _weights_digest(self._speculative.drafter),
             "decoders": list(self._decoders),

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from recurrent_drafting import memory
 from recurrent_drafting.config import SamplingConfig
 from recurrent_drafting.decoding import AutoregressiveDecoder, SpeculativeDecoder, StopFunction
-from recurrent_drafting.errors import NumericsError
+from recurrent_drafting.errors import NumericsError, ResourceError
 from recurrent_drafting.sampling import Sampler
 from recurrent_drafting.verifier import Verifier
 
@@ -72,6 +73,7 @@ class LosslessReport:
         identical: prompts with equal texts.
         near_ties: prompts that differ by rounding.
         structural: prompts that differ otherwise.
+        unaudited: prompts that differ and were not judged, for want of memory for a copy in float64.
         epsilon: largest rounding gap of a logit in the plain model, None if nothing differed.
         details: per differing prompt its request id, position, picks, verdict and reason.
     """
@@ -79,12 +81,14 @@ class LosslessReport:
     identical: int = 0
     near_ties: int = 0
     structural: int = 0
+    unaudited: int = 0
     epsilon: float | None = None
     details: list[dict[str, object]] = field(default_factory=list)
 
     def summary(self) -> str:
         """Return the verdict in one line."""
-        return f"{self.identical} identical, {self.near_ties} rounding near-ties, {self.structural} structural"
+        verdicts = f"{self.identical} identical, {self.near_ties} rounding near-ties, {self.structural} structural"
+        return f"{verdicts}, {self.unaudited} differing and not judged" if self.unaudited else verdicts
 
     def listing(self) -> str:
         """Return the verdict, and one line per differing prompt."""
@@ -97,7 +101,7 @@ class LosslessReport:
         return "\n".join([f"Lossless audit: {self.summary()}", *lines])
 
     def require_lossless(self) -> None:
-        """Raise NumericsError if a difference is structural."""
+        """Raise NumericsError if a difference is structural, ResourceError if one could not be judged."""
         if self.structural:
             first = next(item for item in self.details if item["verdict"] == "structural")
             raise NumericsError(
@@ -105,6 +109,11 @@ class LosslessReport:
                 f"first at request {first['request_id']}, new token {first['position']}: "
                 f"{first['reason']}; "
                 "this is a bug, please report it with the settings"
+            )
+        if self.unaudited:
+            raise ResourceError(
+                f"{self.unaudited} texts differ from the baseline's and were not judged: a copy of the base in float64 "
+                "has no room beside it; audit on a machine with more memory, or compare in --dtype fp32"
             )
 
 
@@ -124,6 +133,9 @@ def audit(decoder: SpeculativeDecoder, pairs: Sequence[Pair], settings: Settings
     if not differing:
         return report
     exact = decoder.verifier.dtype == torch.float64
+    if not exact and not _has_room(decoder.verifier):
+        report.unaudited = len(differing)
+        return report
     same_in_float64 = [False] * len(differing) if exact else _rerun(decoder, differing, settings)
     for found, same in zip(differing, same_in_float64, strict=True):
         pair = _uncut(decoder, found, settings) if settings.stop else found
@@ -159,6 +171,12 @@ def judge(report: LosslessReport, verifier: Verifier, pair: Pair, settings: Sett
             "reason": reason or "equal in float64; both picks within epsilon",
         }
     )
+
+
+def _has_room(verifier: Verifier) -> bool:
+    """Tell whether a copy of the base in float64 fits into memory beside it."""
+    free = memory.free_bytes()
+    return free is None or memory.bytes_of(verifier.model, torch.float64) <= free
 
 
 def _rerun(decoder: SpeculativeDecoder, pairs: Sequence[Pair], settings: Settings) -> list[bool]:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import torch
+from torch import nn
 
 # What allocators without an error class of their own say: torch's on the CPU, the system's through other libraries.
 _WORDS = ("DefaultCPUAllocator", "Cannot allocate memory", "out of memory")
@@ -43,6 +44,11 @@ def free_bytes() -> int | None:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return int(torch.cuda.mem_get_info()[0])
     return machine_free_bytes()
+
+
+def bytes_of(model: nn.Module, dtype: torch.dtype) -> int:
+    """Return the bytes that a model's weights take in a dtype."""
+    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 
 def machine_free_bytes() -> int | None:

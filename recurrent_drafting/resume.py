@@ -67,7 +67,27 @@ def newest_complete(directory: Path) -> Path | None:
     return None
 
 
-def find_checkpoint(wanted: str | bool | None, directory: Path, record: Mapping[str, Any]) -> Path | None:
+def locate(wanted: str | bool | Path | None, directory: Path) -> Path | None:
+    """Return the checkpoint that is meant, ``None`` for a new run; what it holds is not looked at.
+
+    Args:
+        wanted: a checkpoint, or true for the newest complete one.
+        directory: the run's output directory.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if wanted in (None, False, "", "False", "false"):
+        return None
+    newest = wanted in (True, "True", "true")
+    path = newest_complete(directory) if newest else Path(str(wanted))
+    if path is None or not path.is_dir():
+        place = f"a complete checkpoint in {directory}" if newest else "a directory"
+        raise UsageError(f"--resume_from_checkpoint {wanted}: expected {place}, found none; name one, or drop it")
+    return path
+
+
+def find_checkpoint(wanted: str | bool | Path | None, directory: Path, record: Mapping[str, Any]) -> Path | None:
     """Return the checkpoint to go on from, ``None`` for a new run.
 
     Args:
@@ -79,14 +99,9 @@ def find_checkpoint(wanted: str | bool | None, directory: Path, record: Mapping[
         UsageError: there is none.
         ModelError: it is torn, holds no training state or is of another run; names the differences.
     """
-    if wanted in (None, False, "", "False", "false"):
-        return None
-    newest = wanted in (True, "True", "true")
-    path = newest_complete(directory) if newest else Path(str(wanted))
-    if path is None or not path.is_dir():
-        place = f"a complete checkpoint in {directory}" if newest else "a directory"
-        raise UsageError(f"--resume_from_checkpoint {wanted}: expected {place}, found none; name one, or drop it")
-    _require_same_run(path, manifest.read(path), record)
+    path = locate(wanted, directory)
+    if path is not None:
+        _require_same_run(path, manifest.read(path), record)
     return path
 
 

@@ -19,11 +19,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from recurrent_drafting import memory
 from recurrent_drafting.config import BeamConfig
 from recurrent_drafting.data import Collator, EncodedRow
 from recurrent_drafting.decoding import SpeculativeDecoder
 from recurrent_drafting.drafter import Drafter
-from recurrent_drafting.errors import DataError, NumericsError
+from recurrent_drafting.errors import DataError, NumericsError, ResourceError
 from recurrent_drafting.metrics import DecodingStats
 from recurrent_drafting.tracking import Table
 from recurrent_drafting.trainer import simulate
@@ -79,6 +80,7 @@ def compare(
 
     Raises:
         DataError: no prompt.
+        ResourceError: no memory for the copy.
         NumericsError: a step differs, and not by rounding.
     """
     if not prompts:
@@ -126,6 +128,13 @@ def evaluation_table(metrics: dict[str, float], report: TrainServeReport) -> Tab
 
 
 def _converted(verifier: Verifier, dtype: torch.dtype) -> Verifier:
+    """Return a copy of the base in another dtype, if there is room for it."""
+    wanted, free = memory.bytes_of(verifier.model, dtype), memory.free_bytes()
+    if free is not None and wanted > free:
+        raise ResourceError(
+            f"a copy of {verifier.name_or_path} in {dtype} needs {wanted} bytes, {free} are "
+            "free; compare on a machine with more memory, or leave it out with --serve_check_prompts 0"
+        )
     return Verifier(copy.deepcopy(verifier.model).to(dtype), verifier.name_or_path, verifier.fingerprint)
 
 

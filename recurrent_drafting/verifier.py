@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -110,8 +111,7 @@ class Verifier:
         model = _load(source, kind, options)
         nn.Module.to(model, place)
         model.requires_grad_(False)
-        fingerprint = assets.asset_fingerprint(Path(source)) if Path(source).is_dir() else None
-        return cls(model, name_or_path=name_or_path, fingerprint=fingerprint)
+        return cls(model, name_or_path=name_or_path, fingerprint=_fingerprint(source, revision))
 
     def compile(self) -> None:
         """Compile the base's forward (torch.compile) for changing lengths and tree sizes."""
@@ -597,6 +597,14 @@ def _load(source: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTraine
     model, report = loaded
     _check_weights(model, source, report)
     return model
+
+
+def _fingerprint(source: str, revision: str | None) -> str | None:
+    """Return the identity of a base that was loaded from a directory or through the hub's cache."""
+    if Path(source).is_dir():
+        return checkpoint.base_fingerprint(Path(source))
+    found = try_to_load_from_cache(source, checkpoint.CONFIG, revision=revision)
+    return checkpoint.base_fingerprint(Path(found).parent) if isinstance(found, str) else None
 
 
 def _check_weights(model: PreTrainedModel, source: str, report: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from vllm.v1.sample import rejection_sampler
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.sample.sampler import Sampler
 
-from recurrent_drafting import assets, beam_search
+from recurrent_drafting import beam_search, checkpoint
 from recurrent_drafting.checkpoint import load_drafter
 from recurrent_drafting.config import BeamConfig
 from recurrent_drafting.drafter import Drafter
@@ -283,7 +283,7 @@ class RecurrentDraftingProposer:
                     f"drafter {self._path} does not fit {self._base}: expected {name} {getattr(target, name)}, "
                     f"got {getattr(config, name)}; use the base it was trained for ({config.verifier_name_or_path})"
                 )
-        found = assets.asset_fingerprint(Path(self._base)) if Path(self._base).is_dir() else None
+        found = checkpoint.base_fingerprint(Path(self._base)) if Path(self._base).is_dir() else None
         if None not in (found, config.verifier_fingerprint) and found != config.verifier_fingerprint:
             raise ModelError(
                 f"drafter {self._path} was trained for another base: expected {config.verifier_name_or_path} "

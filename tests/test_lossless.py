@@ -14,8 +14,9 @@ from recurrent_drafting import (
     SamplingConfig,
     SpeculativeDecoder,
     lossless,
+    memory,
 )
-from recurrent_drafting.errors import NumericsError
+from recurrent_drafting.errors import NumericsError, ResourceError
 from recurrent_drafting.lossless import Pair, Settings
 from recurrent_drafting.sampling import Sampler
 from tests.tiny import make_drafter, make_verifier
@@ -54,6 +55,18 @@ def test_equal_texts_are_identical() -> None:
     report = lossless.audit(decoder, [Pair(PROMPT, 5, text, list(text))], settings)
     assert report.summary() == "1 identical, 0 rounding near-ties, 0 structural"
     report.require_lossless()
+
+
+def test_without_memory_for_float64_a_difference_is_counted_and_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, settings = make_decoder(torch.float32), settings_for()
+    text = run_baseline(decoder, settings)
+    pairs = [Pair(PROMPT, 5, text, list(text)), Pair(PROMPT, 5, text, replaced(text, 3, 1))]
+    monkeypatch.setattr(memory, "free_bytes", lambda: 1000)
+    report = lossless.audit(decoder, pairs, settings)
+    assert (report.identical, report.near_ties, report.structural, report.unaudited) == (1, 0, 0, 1)
+    assert "1 differing and not judged" in report.summary()
+    with pytest.raises(ResourceError, match="1 texts differ"):
+        report.require_lossless()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

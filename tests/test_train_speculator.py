@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 import train_speculator
-from recurrent_drafting import RecurrentDraftingConfig, Verifier, assets, run_guard
+from recurrent_drafting import RecurrentDraftingConfig, Verifier, assets, memory, run_guard
 from recurrent_drafting.assets import DEFAULT_BASE
 from recurrent_drafting.checkpoint import load_drafter
 from recurrent_drafting.decoding import check_fit
@@ -196,6 +196,72 @@ def test_training_goes_on_from_a_named_drafter(base: str, chats: str) -> None:
     before, after = load_drafter(str(start)), load_drafter("out")
     assert after.config.beam_width == 7
     assert all(before.state_dict()[name].equal(tensor) for name, tensor in after.state_dict().items())
+
+
+def test_beams_and_copies_of_a_named_drafter_are_changed_where_they_are_given(base: str, chats: str) -> None:
+    save_drafter(Path("start"), Path(base), beam_width=7, beam_length=2, num_draft_tokens=2)
+    argv = ["--drafter_name_or_path", "start", "--beam_width", "3", "--lookup_length", "5"]
+    assert run(base, chats, *GIVEN, *argv, "--drafter_predict_n_tokens", "3") == 0
+    config = load_drafter("out").config
+    assert (config.beam_width, config.beam_length, config.lookup_length, config.num_draft_tokens) == (3, 2, 5, 3)
+
+
+@pytest.mark.parametrize(
+    "flag", [["--no-rnn"], ["--draft_vocab_size=9"], ["--exit_dim_multiplier", "2"], ["--drafter_num_layers", "1"]]
+)
+def test_a_named_drafter_keeps_its_shape(
+    base: str, chats: str, flag: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_drafter(Path("start"), Path(base))
+    assert run(base, chats, *GIVEN, "--drafter_name_or_path", "start", *flag) == 2
+    assert "shapes a new drafter, and start has its shape" in error_line(capsys)
+
+
+def test_rows_without_a_prompt_train_all_the_same(base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("book.txt").write_text("\n\n".join(f"line {index} of a book" for index in range(12)))
+    assert run(base, "book.txt", *GIVEN) == 0
+    assert "not compared: no evaluation row has a prompt" in capsys.readouterr().out
+    assert Path("out/report.html").exists()
+
+
+def test_a_base_too_large_for_its_copy_is_trained_and_not_compared(
+    base: str, chats: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda: 1000)
+    assert run(base, chats, *GIVEN, "--bf16") == 0
+    assert "not compared: a copy of" in capsys.readouterr().out
+
+
+def test_what_a_killed_run_had_its_base_write_is_gone_on_with(base: str, chats: str) -> None:
+    Path("out/self_data").mkdir(parents=True)
+    assert run(base, chats, *GIVEN) == 0
+
+
+def test_not_resuming_is_no_leave_to_overwrite(base: str, chats: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("out").mkdir()
+    Path("out/precious").write_text("mine")
+    assert run(base, chats, *GIVEN, "--resume_from_checkpoint", "False") == 2
+    assert "is not empty" in error_line(capsys)
+
+
+def test_a_tracker_is_taken_in_either_spelling(tmp_path: Path) -> None:
+    for argv in (["--report_to", "tensorboard"], ["--report_to=tensorboard"]):
+        assert train_speculator.parse_arguments([*argv, "--output_dir", str(tmp_path)])[1].report_to == ["tensorboard"]
+    assert not train_speculator.parse_arguments(["--output_dir", str(tmp_path)])[1].report_to
+
+
+def test_quick_leaves_bf16_out_where_fp16_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recurrent_drafting.verifier.resolve_dtype", lambda *_: torch.bfloat16)
+    assert not train_speculator._bf16_pays(["--quick", "--fp16"]) and train_speculator._bf16_pays(["--quick"])
+
+
+def test_evaluation_alone_takes_a_drafter_where_training_left_it(base: str, chats: str) -> None:
+    shutil.copytree(base, "base")
+    assert main(["--llm_name_or_path", "base", "--dataset_name", chats, *FAST, *SMALL, *GIVEN]) == 0
+    before = sorted(Path("models/base-recurrent-drafter").rglob("*"))
+    argv = ["--phase", "eval", "--drafter_name_or_path", "models/base-recurrent-drafter"]
+    assert main(["--llm_name_or_path", "base", "--dataset_name", chats, *FAST, *SMALL, *GIVEN, *argv]) == 0
+    assert sorted(Path("models/base-recurrent-drafter").rglob("*")) == before
 
 
 def test_evaluation_alone_trains_and_writes_nothing(base: str, chats: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -422,12 +488,15 @@ def test_parse_errors(argv: list[str], expected: str, capsys: pytest.CaptureFixt
         (["--objective", "mse"], "objective must be one of"),
         (["--kd_alpha", "2"], "kd_alpha must be in [0, 1]"),
         (["--drafter_predict_n_tokens", "0"], "drafter_predict_n_tokens must be > 0"),
-        (["--drafter_num_layers", "-1"], "num_draft_layers must be an integer >= 0"),
+        (["--drafter_num_layers", "-1"], "--drafter_num_layers must be >= 0, got -1"),
         (["--beam_width", "0"], "beam width must be an integer >= 1"),
         (["--beam_length", "0"], "beam length must be an integer >= 1"),
-        (["--exit_dim_multiplier", "0"], "exit_dim must be an integer >= 1"),
+        (["--exit_dim_multiplier", "0"], "--exit_dim_multiplier must be > 0 and finite, got 0.0"),
+        (["--exit_dim_multiplier", "nan"], "--exit_dim_multiplier must be > 0 and finite, got nan"),
+        (["--lookup_length", "-1"], "lookup_length must be an integer >= 0"),
+        (["--resume_from_checkpoint", "True"], "expected a complete checkpoint in out, found none"),
         (["--draft_vocab_size", "259"], "draft_vocab_size must be auto or in 0..258, got '259'"),
-        (["--draft_vocab_size", "some"], "draft_vocab_size must be auto or in 0..258, got 'some'"),
+        (["--draft_vocab_size", "some"], "--draft_vocab_size must be auto or a number >= 0, got 'some'"),
         (["--model_max_length", "0"], "model_max_length"),
         (["--max_train_samples", "-1"], "max_train_samples"),
         (["--max_eval_samples", "-1"], "max_eval_samples"),

@@ -96,6 +96,7 @@ ROWS: dict[int, tuple[str, ...]] = {
         "faults/test_models.py::test_a_drafter_that_does_not_fit",
         "faults/test_models.py::test_a_tokenizer_with_tokens_that_the_base_lacks",
         "faults/test_models.py::test_a_drafter_of_another_base_needs_the_override",
+        "faults/test_models.py::test_a_drafter_of_a_base_that_was_tuned_since",
     ),
     13: ("faults/test_models.py::test_a_family_that_cannot_verify_a_tree",),
     14: (

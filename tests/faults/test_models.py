@@ -78,6 +78,21 @@ def test_a_drafter_of_another_base_needs_the_override(models: Models, capsys: Ca
     assert capsys.readouterr().out == speculative
 
 
+def test_a_drafter_of_a_base_that_was_tuned_since(models: Models, chats: str, capsys: Capture) -> None:
+    """Any base on disk has an identity: its drafter, and states stored from it, do not pass for another's."""
+    shutil.copytree(models.base, "tuned")
+    states = ["--hidden_state_cache", "states"]
+    assert outcome(train_speculator.main, train_argv("tuned", chats, *states)) == 0
+    assert generate(Models("tuned", "out"), "--prompt", "hello", "--base_model", "tuned") == 0
+    weights = load_file("tuned/model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, "tuned/model.safetensors", {"format": "pt"})
+    argv = ["--prompt", "hello", "--base_model", "tuned"]
+    refused(generate_speculator.main, generate_argv(Models("tuned", "out"), *argv), 4, capsys, "--allow_base_mismatch")
+    assert generate(Models("tuned", "out"), *argv, "--allow_base_mismatch") == 0
+    argv = [*states, "--overwrite_output_dir"]
+    refused(train_speculator.main, train_argv("tuned", chats, *argv), 3, capsys, "states/settings.json: expected")
+
+
 @pytest.mark.parametrize(
     "family", ["encoder-decoder", "state-space", "recurrent", "ALiBi without positions", "local attention"]
 )
