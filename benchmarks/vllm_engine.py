@@ -124,7 +124,8 @@ def _record(args: argparse.Namespace, runs: dict[str, Run], before: dict[str, An
         }
     names = ("dtype", "prompts", "new_tokens", "concurrency", "rounds", "drafts", "temperature", "seed")
     return {
-        "command": "python benchmarks/vllm_engine.py " + " ".join(f"--{name} {getattr(args, name)}" for name in names),
+        "command": f"python benchmarks/vllm_engine.py {' '.join(f'--{name} {getattr(args, name)}' for name in names)} "
+        f"--engines {' '.join(runs)}",
         "base_model": args.base_model,
         "vllm": vllm.__version__,
         "machine": evaluation.machine(),
