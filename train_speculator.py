@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from recurrent_drafting import Drafter, Verifier
-    from recurrent_drafting.data import TokenDataset
+    from recurrent_drafting.data import Conversation, EncodedRow, TokenDataset
     from recurrent_drafting.distillation import DistilConfig
     from recurrent_drafting.estimate import ExpectedData
     from recurrent_drafting.train_serve import TrainServeReport
@@ -314,9 +314,7 @@ def load_data(
         )
         print(f"data: {report.read} conversations from {args.dataset_name}, left out {report.skipped or 'none'}")
         if args.targets == "regenerated":
-            expected = estimate.written_replies(conversations, tokenizer, args.model_max_length)
-            require_consent(args, verifier, expected, "or --targets ground_truth")
-            rows = distillation.regenerate(conversations, verifier, tokenizer, args.model_max_length)
+            rows = regenerated(args, verifier, tokenizer, conversations)
         else:
             rows, encoded = data.encode_all(
                 conversations,
@@ -345,6 +343,32 @@ def load_data(
             training = distilled(config, verifier, training, args.distill_max_examples)
         evaluation = distilled(config, verifier, evaluation, None)
     return training, evaluation
+
+
+def regenerated(
+    args: argparse.Namespace,
+    verifier: Verifier,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Conversation],
+) -> list[EncodedRow]:
+    """Let the base answer the conversations anew, and print how many replies that gave."""
+    from recurrent_drafting import distillation, estimate
+
+    limits = reply_limits(args)
+    expected = estimate.written_replies(conversations, tokenizer, **limits)
+    require_consent(args, verifier, expected, "or --targets ground_truth")
+    rows, report = distillation.regenerate(conversations, verifier, tokenizer, **limits)
+    print(f"data: {report.read} replies written, left out {report.skipped or 'none'}")
+    return rows
+
+
+def reply_limits(args: argparse.Namespace) -> dict[str, Any]:
+    """Return how long the base's replies may be, how many it writes, and what it passes over."""
+    return {
+        "max_length": args.model_max_length,
+        "max_rows": args.max_train_samples,
+        "skip_bad_rows": args.skip_bad_rows,
+    }
 
 
 def distilled(config: DistilConfig, verifier: Verifier, rows: TokenDataset, limit: int | None) -> TokenDataset:
@@ -389,9 +413,14 @@ def expect_data(args: argparse.Namespace, verifier: Verifier, tokenizer: PreTrai
         args.dataset_name, split=args.dataset_split, max_rows=args.max_train_samples, skip_bad_rows=args.skip_bad_rows
     )
     if args.targets == "regenerated":
-        return estimate.written_replies(conversations, tokenizer, args.model_max_length)
-    only = args.train_on_assistant_only
-    return estimate.given_replies(conversations, tokenizer, args.model_max_length, assistant_only=only)
+        return estimate.written_replies(conversations, tokenizer, **reply_limits(args))
+    return estimate.given_replies(
+        conversations,
+        tokenizer,
+        args.model_max_length,
+        assistant_only=args.train_on_assistant_only,
+        skip_bad_rows=args.skip_bad_rows,
+    )
 
 
 def dry_run(args: argparse.Namespace, training: TrainingArguments) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import logging
 import random
@@ -142,13 +143,15 @@ class TransformersEngine:
     Args:
         verifier: the model that writes.
         batch_size: requests per batch.
+        max_length: longest prompt and text together, in tokens; a prompt of that length has no text.
     """
 
     name = "transformers"
 
-    def __init__(self, verifier: Verifier, batch_size: int = REPLY_BATCH) -> None:
+    def __init__(self, verifier: Verifier, batch_size: int = REPLY_BATCH, max_length: int = sys.maxsize) -> None:
         self._decoder = AutoregressiveDecoder(verifier)
         self._batch_size = batch_size
+        self._max_length = max_length
 
     def generate(self, requests: Sequence[Request], max_new_tokens: int) -> list[list[int]]:
         """Return the new token ids of each request, EOS included if produced."""
@@ -158,15 +161,19 @@ class TransformersEngine:
             group = [i for i in order if (requests[i].temperature, requests[i].min_p) == (temperature, min_p)]
             for start in range(0, len(group), self._batch_size):
                 batch = group[start : start + self._batch_size]
+                # A batch has one limit: what its first and shortest prompt leaves.
                 output = self._decoder.generate(
                     [requests[i].prompt for i in batch],
-                    max_new_tokens=max_new_tokens,
+                    max_new_tokens=min(max_new_tokens, self._room(requests[batch[0]])),
                     sampling=SamplingConfig(temperature=temperature, min_p=min_p),
                     request_ids=[requests[i].seed for i in batch],
                 )
                 for i, tokens in zip(batch, output.sequences, strict=True):
-                    texts[i] = tokens
+                    texts[i] = tokens[: self._room(requests[i])]
         return texts
+
+    def _room(self, request: Request) -> int:
+        return max(self._max_length - len(request.prompt), 0)
 
 
 @dataclass(frozen=True)
@@ -481,49 +488,140 @@ def packaged_rows(verifier: Verifier) -> list[EncodedRow] | None:
     return rows or None
 
 
+class Dialogue:
+    """A conversation whose user turns are answered anew, one after the other.
+
+    Args:
+        conversation: its user and system turns are asked, its replies are not.
+        tokenizer: the base's.
+        max_length: prompt and reply together, in tokens.
+    """
+
+    def __init__(self, conversation: Conversation, tokenizer: Any, max_length: int) -> None:
+        self._turns, self._tokenizer, self._max_length = conversation, tokenizer, max_length
+        self._history: list[dict[str, str]] = []
+        self.cut = False
+
+    def prompt(self, index: int) -> list[int] | None:
+        """Return the turn at an index behind all before it and the replies to them, None where it asks nothing.
+
+        A user turn without room for a reply ends the dialogue (``cut``): templates refuse one that follows
+        another without a reply in between.
+
+        Args:
+            index: rising from call to call.
+
+        Raises:
+            DataError: the chat template refuses the turns so far.
+        """
+        turn = self._turns[index] if index < len(self._turns) else None
+        if self.cut or turn is None or turn.role == "assistant":
+            return None
+        self._history.append({"role": turn.role, "content": turn.content})
+        if turn.role != "user":
+            return None
+        ids = data.render(self._tokenizer, self._history, ask=True)
+        self.cut = len(ids) >= self._max_length - 1
+        return None if self.cut else ids
+
+    def reply(self, text: str) -> None:
+        """Answer the turn that was asked last."""
+        self._history.append({"role": "assistant", "content": text})
+
+
+def given_reply(conversation: Conversation, index: int) -> str:
+    """Return a conversation's own reply to its turn at an index, empty where it has none."""
+    following = conversation[index + 1 : index + 2]
+    return following[0].content if following and following[0].role == "assistant" else ""
+
+
+def answerable(
+    conversations: Sequence[Conversation], tokenizer: Any, *, skip_bad_rows: bool
+) -> tuple[list[Conversation], data.ReadReport]:
+    """Find what the chat template refuses before any reply is written; given replies stand for those.
+
+    Args:
+        conversations: to be answered anew.
+        tokenizer: the base's.
+        skip_bad_rows: leave refused conversations out and count them instead of stopping.
+
+    Raises:
+        DataError: the template refuses one.
+    """
+    kept, report = list[Conversation](), data.ReadReport()
+    for conversation in conversations:
+        try:
+            if messages := _up_to_the_last_question(conversation):
+                data.render(tokenizer, messages, ask=True)
+            kept.append(conversation)
+        except DataError:
+            if not skip_bad_rows:
+                raise
+            report.skip("chat template")
+    return kept, report
+
+
+def _up_to_the_last_question(conversation: Conversation) -> list[dict[str, str]]:
+    """Return the messages up to the last user turn; each user turn before it has a reply."""
+    last = max((index for index, turn in enumerate(conversation) if turn.role == "user"), default=-1)
+    messages: list[dict[str, str]] = []
+    for index, turn in enumerate(conversation[: last + 1]):
+        if turn.role != "assistant":
+            messages.append({"role": turn.role, "content": turn.content})
+        if turn.role == "user":
+            messages.append({"role": "assistant", "content": given_reply(conversation, index)})
+    return messages[:-1]
+
+
 def regenerate(
-    conversations: Sequence[Conversation], verifier: Verifier, tokenizer: Any, max_length: int
-) -> list[EncodedRow]:
+    conversations: Sequence[Conversation],
+    verifier: Verifier,
+    tokenizer: Any,
+    max_length: int,
+    *,
+    max_rows: int | None = None,
+    skip_bad_rows: bool = False,
+) -> tuple[list[EncodedRow], data.ReadReport]:
     """Let the verifier answer the user turns of given conversations, greedily.
 
     Later turns see the regenerated history. Each reply gives a row of its own, with exactly the
-    ids that the verifier produced.
+    ids that the verifier produced. A conversation ends at its first turn without room for a reply.
 
     Args:
         conversations: their user and system turns are kept, their replies are not read.
         verifier: the base.
         tokenizer: the base's.
         max_length: prompt and reply together, in tokens.
+        max_rows: replies that are written, first turns first; None writes all.
+        skip_bad_rows: leave out conversations that the chat template refuses.
+
+    Returns:
+        The rows; how many they are, and how many conversations were refused or ended early.
 
     Raises:
-        DataError: no user turn, or none with room for a reply.
+        DataError: no user turn, none with room for a reply, or a conversation is refused.
     """
-    engine = TransformersEngine(verifier)
-    histories: list[list[dict[str, str]]] = [[] for _ in conversations]
+    kept, report = answerable(conversations, tokenizer, skip_bad_rows=skip_bad_rows)
+    engine = TransformersEngine(verifier, max_length=max_length)
+    dialogues = [Dialogue(conversation, tokenizer, max_length) for conversation in kept]
     rows: list[EncodedRow] = []
-    for index in range(max(len(conversation) for conversation in conversations)):
-        asked: list[tuple[int, list[int]]] = []
-        for number, conversation in enumerate(conversations):
-            turn = conversation[index] if index < len(conversation) else None
-            if turn is None or turn.role == "assistant":
-                continue
-            histories[number].append({"role": turn.role, "content": turn.content})
-            if turn.role == "user":
-                asked.append((number, data.render(tokenizer, histories[number], ask=True)))
-        asked = [(number, ids) for number, ids in asked if len(ids) < max_length - 1]
-        requests = [Request(ids, seed=number, temperature=0.0) for number, ids in asked]
-        replies = engine.generate(requests, max_length) if requests else []
-        for (number, ids), written in zip(asked, replies, strict=True):
-            reply = cut_loop(written)[: max_length - len(ids)]
+    for index in range(max(map(len, kept), default=0)):
+        prompts = ((dialogue, ids) for dialogue in dialogues if (ids := dialogue.prompt(index)) is not None)
+        asked = list(itertools.islice(prompts, None if max_rows is None else max_rows - len(rows)))
+        requests = [Request(ids, seed=number, temperature=0.0) for number, (_, ids) in enumerate(asked)]
+        written = engine.generate(requests, max_length) if requests else []
+        for (dialogue, ids), reply in zip(asked, map(cut_loop, written), strict=True):
             rows.append(EncodedRow(ids + reply, [False] * len(ids) + [True] * len(reply), greedy=True))
-            text = tokenizer.decode(reply, skip_special_tokens=True)
-            histories[number].append({"role": "assistant", "content": text})
+            dialogue.reply(tokenizer.decode(reply, skip_special_tokens=True))
     if not rows:
         raise DataError(
             f"no reply to regenerate: expected user turns shorter than {max_length} tokens, got none in "
-            f"{len(conversations)} conversations; raise --model_max_length or use --targets ground_truth"
+            f"{len(kept)} conversations; raise --model_max_length or use --targets ground_truth"
         )
-    return rows
+    if ended := sum(dialogue.cut for dialogue in dialogues):
+        report.skip("no room for a reply", ended)
+    report.read = len(rows)
+    return rows, report
 
 
 @dataclass(frozen=True)

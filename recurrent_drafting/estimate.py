@@ -21,9 +21,12 @@ from recurrent_drafting.decoding import AutoregressiveDecoder
 from recurrent_drafting.distillation import (
     REPLY_BATCH,
     SELF_ROWS,
+    Dialogue,
     DistilConfig,
     SelfDataConfig,
+    answerable,
     distil,
+    given_reply,
     packaged_rows,
     user_header,
 )
@@ -48,11 +51,13 @@ class ExpectedData:
         rows: a sample.
         count: rows in all.
         replies_written: replies in all that the base has yet to write, 0 where they are there.
+        new_tokens: decoded for each of them, at most: a batch goes on until its last reply ends.
     """
 
     rows: list[EncodedRow]
     count: int
     replies_written: int = 0
+    new_tokens: float = 0.0
 
     @property
     def tokens_per_row(self) -> float:
@@ -107,39 +112,83 @@ class RunEstimate:
 
 
 def given_replies(
-    conversations: Sequence[Conversation], tokenizer: Any, max_length: int, *, assistant_only: bool
+    conversations: Sequence[Conversation],
+    tokenizer: Any,
+    max_length: int,
+    *,
+    assistant_only: bool,
+    skip_bad_rows: bool = False,
 ) -> ExpectedData:
-    """Expect the conversations' own replies.
+    """Expect the conversations' own replies; arguments as for ``data.encode_all``.
 
     Raises:
         DataError: a sampled conversation cannot be encoded, or none has a reply.
     """
     sample = _sample(conversations)
-    rows = [data.encode(item, tokenizer, max_length, assistant_only=assistant_only) for item in sample]
-    rows, _ = data.truncate(rows, max_length)
+    encoded, _ = data.encode_all(
+        sample, tokenizer, max_length, assistant_only=assistant_only, skip_bad_rows=skip_bad_rows
+    )
+    rows, _ = data.truncate(encoded, max_length)
     if not rows:
         raise DataError(f"none of {len(sample)} conversations has a reply within {max_length} tokens; raise the limit")
     return ExpectedData(rows, round(len(conversations) * len(rows) / len(sample)))
 
 
-def written_replies(conversations: Sequence[Conversation], tokenizer: Any, max_length: int) -> ExpectedData:
-    """Expect a reply of the base to every user turn that leaves room for one.
+def written_replies(
+    conversations: Sequence[Conversation],
+    tokenizer: Any,
+    max_length: int,
+    *,
+    max_rows: int | None = None,
+    skip_bad_rows: bool = False,
+) -> ExpectedData:
+    """Expect a reply of the base to every user turn that ``regenerate`` asks; given replies stand for its own.
+
+    Args:
+        conversations: what is answered anew.
+        tokenizer: the base's.
+        max_length: prompt and reply together, in tokens.
+        max_rows: replies that are written, first turns first; None writes all.
+        skip_bad_rows: conversations that the chat template refuses are left out.
 
     Raises:
-        DataError: no sampled user turn does.
+        DataError: no sampled user turn leaves room for a reply, or a sampled conversation is refused.
     """
     sample = _sample(conversations)
-    rows = []
-    for conversation in sample:
-        messages = [{"role": turn.role, "content": turn.content} for turn in conversation]
-        for index, message in enumerate(messages):
-            if message["role"] == "user":
-                rows.append(data.render(tokenizer, messages[: index + 1], ask=True))
-    filled = [_filled(row, max_length) for row in rows if len(row) < max_length - 1]
-    if not filled:
+    rounds = _rounds(answerable(sample, tokenizer, skip_bad_rows=skip_bad_rows)[0], tokenizer, max_length)
+    found = sum(map(len, rounds))
+    if not found:
         raise DataError(f"no user turn of {len(sample)} conversations is shorter than {max_length} tokens; raise it")
-    count = round(len(conversations) * len(filled) / len(sample))
-    return ExpectedData(filled, count, replies_written=count)
+    count, kept = round(len(conversations) * found / len(sample)), found
+    if max_rows is not None and max_rows < count:
+        count, kept = max_rows, math.ceil(found * max_rows / count)
+    rows, decoded = list[EncodedRow](), 0
+    for prompts in rounds:
+        asked = prompts[: kept - len(rows)]
+        rows += [_filled(prompt, max_length) for prompt in asked]
+        decoded += _decoded(asked, max_length)
+    return ExpectedData(rows, count, replies_written=count, new_tokens=decoded / len(rows))
+
+
+def _rounds(conversations: Sequence[Conversation], tokenizer: Any, max_length: int) -> list[list[list[int]]]:
+    """Return the prompts that are asked together, round by round."""
+    dialogues = [Dialogue(conversation, tokenizer, max_length) for conversation in conversations]
+    rounds = []
+    for index in range(max(map(len, conversations), default=0)):
+        prompts = list[list[int]]()
+        for dialogue, conversation in zip(dialogues, conversations, strict=True):
+            if (prompt := dialogue.prompt(index)) is not None:
+                prompts.append(prompt)
+                dialogue.reply(given_reply(conversation, index))
+        rounds.append(prompts)
+    return rounds
+
+
+def _decoded(prompts: Sequence[Sequence[int]], max_length: int) -> int:
+    """Return the tokens decoded for prompts of one round: all of a batch go on as far as its shortest one may."""
+    lengths = sorted(map(len, prompts))
+    batches = [lengths[start : start + REPLY_BATCH] for start in range(0, len(lengths), REPLY_BATCH)]
+    return sum((max_length - batch[0]) * len(batch) for batch in batches)
 
 
 def self_written(verifier: Verifier, tokenizer: Any, num_rows: int | None) -> ExpectedData:
@@ -148,8 +197,9 @@ def self_written(verifier: Verifier, tokenizer: Any, num_rows: int | None) -> Ex
     if packaged is not None:
         rows = packaged[:num_rows]
         return ExpectedData(_sample(rows), len(rows))
-    header, count = user_header(tokenizer), num_rows or SELF_ROWS
-    return ExpectedData([_filled(header, len(header) + SelfDataConfig.max_new_tokens)], count, replies_written=count)
+    header, count, longest = user_header(tokenizer), num_rows or SELF_ROWS, SelfDataConfig.max_new_tokens
+    rows = [_filled(header, len(header) + longest)]
+    return ExpectedData(rows, count, replies_written=count, new_tokens=longest)
 
 
 def _filled(prompt: list[int], length: int) -> EncodedRow:
@@ -174,9 +224,8 @@ def writing_seconds(verifier: Verifier, expected: ExpectedData) -> float:
     stats = decoder.generate(prompts, max_new_tokens=_TIMED_TOKENS, eos_token_ids=()).stats
     prefill = stats.phase_seconds["prefill"]
     step = (stats.seconds - prefill) / max(stats.forwards, 1)
-    new_tokens = sum(sum(row.loss_mask) for row in expected.rows) / len(expected.rows)
     # The last batch may be smaller than the timed one: in shares of that one.
-    return expected.replies_written / len(prompts) * (prefill + step * new_tokens)
+    return expected.replies_written / len(prompts) * (prefill + step * expected.new_tokens)
 
 
 def require_consent(verifier: Verifier, expected: ExpectedData, instead: str) -> str:

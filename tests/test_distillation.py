@@ -384,8 +384,8 @@ def test_regenerate_answers_every_user_turn_with_the_verifiers_own_text() -> Non
         (Turn("user", words(3)), Turn("assistant", "gone"), Turn("user", words(2)), Turn("assistant", "gone")),
         (Turn("user", words(4)), Turn("user", words(1))),
     ]
-    rows = distillation.regenerate(conversations, verifier, tokenizer, 100)
-    assert len(rows) == 4
+    rows, report = distillation.regenerate(conversations, verifier, tokenizer, 100)
+    assert (len(rows), report.read, report.skipped) == (4, 4, {})
     baseline = AutoregressiveDecoder(verifier)
     for row in rows:
         start = row.loss_mask.index(True)

@@ -183,7 +183,12 @@ def test_expected_rows() -> None:
     assert (written.count, written.replies_written, len(written.rows)) == (200, 200, 128)
     assert {len(row.input_ids) for row in written.rows} == {60} and written.tokens_per_row == 60
     asked = [len("@user:ab@@assistant:"), len("@user:ab@@assistant:cd@@user:ef@@assistant:")]
-    assert [row.loss_mask.index(True) for row in written.rows[:2]] == asked  # @ is one special token
+    # First turns first; @ is one special token.
+    assert [row.loss_mask.index(True) for row in written.rows] == [asked[0]] * 64 + [asked[1]] * 64
+    assert written.new_tokens == 60 - sum(asked) / 2
+    part = estimate.written_replies([two] * 100, tokenizer, 60, max_rows=100)
+    assert (part.count, part.replies_written, part.rows) == (100, 100, written.rows[:64])
+    assert part.new_tokens == 60 - asked[0]
     given = estimate.given_replies([two] * 100, tokenizer, 60, assistant_only=True)
     assert (given.count, given.replies_written, len(given.rows)) == (100, 0, 64)
     with pytest.raises(DataError, match="no user turn"):
