@@ -120,7 +120,7 @@ def load_drafter(name_or_path: str, revision: str | None = None) -> Drafter:
     path = Path(name_or_path)
     if not path.exists():
         path = _download(name_or_path, revision or "main")
-    _check_links(path)
+    check_links(path)
     _check_directory(path)
     if (path / manifest.MANIFEST).exists():
         manifest.read(path)
@@ -261,8 +261,12 @@ def _pickles(path: Path) -> str:
     return f"found {', '.join(found)}, which may run code when loaded" if found else "found none"
 
 
-def _check_links(path: Path) -> None:
-    """Refuse files that lead out of the directory, as an index of shards or a link can."""
+def check_links(path: Path) -> None:
+    """Refuse files of a drafter that lead out of its directory, as an index of shards or a link can.
+
+    Raises:
+        ModelError: names the file.
+    """
     if (path / INDEX).is_symlink() or (path / INDEX).exists():
         raise ModelError(f"{path / INDEX}: expected one {WEIGHTS}, found an index of shards; save the drafter again")
     for name in (CONFIG, WEIGHTS, manifest.MANIFEST):
@@ -289,15 +293,7 @@ def _check_header(path: Path) -> None:
     except LOAD_FAILURES as error:
         at = file if isinstance(error, SafetensorError) else path
         raise ModelError(f"drafter {at} does not load: {_first_line(error)}; train or download it again") from error
-    if config.num_draft_layers > len(found):
-        raise ModelError(
-            f"drafter {path}: {CONFIG} declares {config.num_draft_layers} layers, {WEIGHTS} holds {len(found)} tensors"
-        )
-    try:
-        with torch.device("meta"):
-            expected = {name: tuple(tensor.shape) for name, tensor in Drafter(config).state_dict().items()}
-    except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond 64 bits
-        raise ModelError(f"drafter {path}: {CONFIG} declares sizes that cannot be: {_first_line(error)}") from error
+    expected = expected_shapes(config, len(found), path)
     if any(name.startswith("lm_head.") for name in found):
         raise ModelError(
             f"drafter {path}: {WEIGHTS} is in Apple's layout; run: python -m recurrent_drafting.checkpoint import "
@@ -313,6 +309,28 @@ def _check_header(path: Path) -> None:
         raise ModelError(
             f"drafter {path}: shapes in {WEIGHTS} differ from {CONFIG}: {'; '.join(wrong)}; train it again"
         )
+
+
+def expected_shapes(config: RecurrentDraftingConfig, tensors: int, path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a drafter's weights by name, without allocating any.
+
+    Args:
+        config: the drafter's.
+        tensors: how many the weights file holds; a drafter of more layers is not even built.
+        path: directory of both, for messages.
+
+    Raises:
+        ModelError: the config declares more layers than there are tensors, or sizes that cannot be.
+    """
+    if config.num_draft_layers > tensors:
+        raise ModelError(
+            f"drafter {path}: {CONFIG} declares {config.num_draft_layers} layers, {WEIGHTS} holds {tensors} tensors"
+        )
+    try:
+        with torch.device("meta"):
+            return {name: tuple(tensor.shape) for name, tensor in Drafter(config).state_dict().items()}
+    except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond 64 bits
+        raise ModelError(f"drafter {path}: {CONFIG} declares sizes that cannot be: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -17,8 +17,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import logging
 
-from recurrent_drafting import cli
-from recurrent_drafting.checkpoint import CONFIG, WEIGHTS, config_fields, load_drafter, save_drafter
+from recurrent_drafting import cli, manifest
+from recurrent_drafting.checkpoint import (
+    CONFIG,
+    WEIGHTS,
+    check_links,
+    config_fields,
+    expected_shapes,
+    load_drafter,
+    save_drafter,
+)
 from recurrent_drafting.config import RecurrentDraftingConfig
 from recurrent_drafting.drafter import Drafter
 from recurrent_drafting.errors import ModelError, UsageError
@@ -69,9 +77,10 @@ def import_apple(directory: Path) -> Drafter:
     Raises:
         ModelError: missing, damaged, or not what its config declares.
     """
+    check_links(directory)
     config = _apple_config(directory / CONFIG)
-    tensors = _our_tensors(config, _apple_names(config), _tensors(directory / WEIGHTS, "Apple's"), directory / WEIGHTS)
-    return _assemble(config, {**tensors, "draft_token_ids": torch.arange(config.vocab_size)})
+    tensors = _our_tensors(config, _apple_names, _tensors(directory / WEIGHTS, "Apple's"), directory)
+    return _assemble(config, tensors, None)
 
 
 def export_speculators(drafter: Drafter, directory: Path) -> None:
@@ -131,12 +140,12 @@ def import_speculators(directory: Path) -> Drafter:
     Raises:
         ModelError: missing, damaged, not what its config declares, or of another algorithm.
     """
+    check_links(directory)
     path = directory / WEIGHTS
     config = _speculators_config(directory / CONFIG)
     found = _tensors(path, "the speculators library's")
     ids = _draft_token_ids(config, found.pop(_OFFSETS, None), found.pop(_MASK, None), path)
-    tensors = _our_tensors(config, _speculators_names(config), found, path)
-    return _assemble(config, {**tensors, "draft_token_ids": ids})
+    return _assemble(config, _our_tensors(config, _speculators_names, found, directory), ids)
 
 
 class Format(NamedTuple):
@@ -157,27 +166,30 @@ def _write_config(directory: Path, record: dict[str, Any]) -> None:
 
 
 def _our_tensors(
-    config: RecurrentDraftingConfig, names: dict[str, str], found: dict[str, Tensor], path: Path
+    config: RecurrentDraftingConfig,
+    naming: Callable[[RecurrentDraftingConfig], dict[str, str]],
+    found: dict[str, Tensor],
+    directory: Path,
 ) -> dict[str, Tensor]:
     """Give a layout's tensors our names; all of them, of the right shapes, finite.
 
     Args:
-        config: the drafter's shape.
-        names: our names to the layout's.
+        config: the drafter's shape; nothing is built of it that the tensors do not bear out.
+        naming: maps our names to the layout's.
         found: by the layout's names.
-        path: of the file, for messages.
+        directory: of the files, for messages.
 
     Raises:
         ModelError: they are not those.
     """
+    path, shapes = directory / WEIGHTS, expected_shapes(config, len(found), directory)
+    names = naming(config)
     if found.keys() != set(names.values()):
         missing, surplus = sorted(set(names.values()) - found.keys()), sorted(found.keys() - set(names.values()))
         raise ModelError(
             f"{path} is not the layout asked for: missing {missing or 'nothing'}, unexpected "
             f"{surplus or 'nothing'}; a drafter of this package needs no import"
         )
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in Drafter(config).state_dict().items()}
     tensors = {name: found[theirs] for name, theirs in names.items()}
     for name, tensor in tensors.items():
         if tensor.shape != shapes[name]:
@@ -190,10 +202,12 @@ def _our_tensors(
     return tensors
 
 
-def _assemble(config: RecurrentDraftingConfig, tensors: dict[str, Tensor]) -> Drafter:
+def _assemble(config: RecurrentDraftingConfig, tensors: dict[str, Tensor], ids: Tensor | None) -> Drafter:
+    """Make a drafter of checked tensors; all tokens can be drafted where ``ids`` is None."""
     with torch.device("meta"):
         drafter = Drafter(config)
-    drafter.load_state_dict(tensors, assign=True)
+    ids = torch.arange(config.vocab_size) if ids is None else ids
+    drafter.load_state_dict({**tensors, "draft_token_ids": ids}, assign=True)
     return drafter
 
 
@@ -252,29 +266,38 @@ def _speculators_config(path: Path) -> RecurrentDraftingConfig:
             f"{SPECULATORS_TYPE!r} and a speculators_config, got {record.get('speculators_model_type')!r}; other "
             "algorithms have other weights"
         )
-    for method in settings.get("proposal_methods") or []:
-        if (method.get("verifier_accept_k", 1), method.get("accept_tolerance", 0)) != (1, 0):
-            raise ModelError(
-                f"{path}: proposal method {method.get('proposal_type')!r} accepts tokens that the verifier would not "
-                "pick (verifier_accept_k, accept_tolerance), and acceptance is exact here; set them to 1 and 0"
-            )
+    methods, verifier = settings.get("proposal_methods") or [], settings.get("verifier") or {}
+    _check_methods(methods, path)
+    if not isinstance(verifier, dict):
+        raise ModelError(f"{path}: expected verifier to be an object, got {type(verifier).__name__}; export again")
     fields = {name: record[name] for name in RecurrentDraftingConfig.__annotations__ if name in record}
     missing = [name for name in _SPECULATORS_KEYS if name not in fields]
     if missing:
         raise ModelError(f"{path}: missing {', '.join(missing)}; export the drafter again")
     if fields["draft_vocab_size"] == fields["vocab_size"]:
         fields["draft_vocab_size"] = None
-    verifier = settings.get("verifier") or {}
     return _config(path, {**fields, "verifier_name_or_path": verifier.get("name_or_path")})
+
+
+def _check_methods(methods: Any, path: Path) -> None:
+    """Refuse proposal methods whose acceptance is not exact."""
+    if not isinstance(methods, list) or not all(isinstance(method, dict) for method in methods):
+        raise ModelError(f"{path}: expected proposal_methods to be a list of objects, got {methods!r}; export again")
+    for method in methods:
+        if (method.get("verifier_accept_k", 1), method.get("accept_tolerance", 0)) != (1, 0):
+            raise ModelError(
+                f"{path}: proposal method {method.get('proposal_type')!r} accepts tokens that the verifier would not "
+                "pick (verifier_accept_k, accept_tolerance), and acceptance is exact here; set them to 1 and 0"
+            )
 
 
 def _draft_token_ids(
     config: RecurrentDraftingConfig, offsets: Tensor | None, mask: Tensor | None, path: Path
-) -> Tensor:
-    """Return the target tokens that can be drafted, int64 ``[V_d]``, from the layout's two tables."""
+) -> Tensor | None:
+    """Return the target tokens that can be drafted, int64 ``[V_d]``, from the layout's two tables; None is all."""
     size = config.draft_vocab_size
     if size is None and offsets is None and mask is None:
-        return torch.arange(config.vocab_size)
+        return None
     if size is None or offsets is None or mask is None:
         found = [name for name, table in ((_OFFSETS, offsets), (_MASK, mask)) if table is not None]
         raise ModelError(
@@ -301,7 +324,7 @@ def _architectures(config: RecurrentDraftingConfig) -> list[str]:
 
 def _record(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = manifest.read_json(path)
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} does not read as JSON: {error}; expected a config") from error
     if not isinstance(record, dict):

@@ -114,6 +114,7 @@ ROWS: dict[int, tuple[str, ...]] = {
         "faults/test_models.py::test_code_named_beside_a_known_family_is_not_run",
         "faults/test_models.py::test_a_hostile_chat_template",
         "faults/test_models.py::test_a_tokenizer_with_code_of_its_own",
+        "faults/test_models.py::test_a_hostile_drafter_in_another_layout",
     ),
     17: (
         "faults/test_numerics.py::test_a_verifier_that_is_not_finite_names_step_and_row",

@@ -224,6 +224,44 @@ def test_apples_layout_is_recognised(models: Models, capsys: Capture) -> None:
     refused(generate_speculator.main, argv, 4, capsys, "checkpoint import --format apple apple NEW_DIRECTORY")
 
 
+LAYOUTS = {
+    "a billion layers": (hostile.config(num_draft_layers=10**9), "declares 1000000000 layers, model.safetensors holds"),
+    "a huge vocabulary": (hostile.config(vocab_size=1 << 40, draft_vocab_size=1 << 40), "head"),
+    "sizes beyond 64 bits": (hostile.config(exit_dim=1 << 70), "declares sizes that cannot be"),
+    "sizes of another kind": (hostile.config(num_draft_layers="many"), "num_draft_layers"),
+    **{
+        name: hostile.COMMON[name]
+        for name in hostile.COMMON
+        if name.startswith(("weights that", "config that", "index"))
+    },
+    **{name: hostile.COMMON[name] for name in ("weights without end", "config without end", "config nested deeply")},
+}
+
+
+@pytest.mark.parametrize("layout", formats.FORMATS)
+@pytest.mark.parametrize("what", LAYOUTS)
+def test_a_hostile_drafter_in_another_layout(
+    models: Models, tmp_path: Path, layout: str, what: str, capsys: Capture
+) -> None:
+    source, (damage, named) = tmp_path / "hostile" / layout, LAYOUTS[what]
+    assert formats.main(["export", "--format", layout, models.drafter, str(source)]) == 0
+    damage(source)
+    before = files(tmp_path)
+    refused(formats.main, ["import", "--format", layout, str(source), "imported"], 4, capsys, layout, named)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("settings", [{"proposal_methods": 3}, {"proposal_methods": [1]}, {"verifier": "base"}])
+def test_settings_of_the_speculators_layout_of_another_kind(
+    models: Models, settings: dict[str, Any], capsys: Capture
+) -> None:
+    assert formats.main(["export", "--format", "speculators", models.drafter, "theirs"]) == 0
+    hostile.config(speculators_config=settings)(Path("theirs"))
+    [key] = settings
+    argv = ["import", "--format", "speculators", "theirs", "imported"]
+    refused(formats.main, argv, 4, capsys, f"theirs/config.json: expected {key} to be")
+
+
 def test_sharded_bases_load(models: Models, tmp_path: Path, capsys: Capture) -> None:
     """The checks of an index let a sound one pass."""
     base = Path(shutil.copytree(models.base, tmp_path / "base"))
