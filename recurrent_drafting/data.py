@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer
@@ -756,6 +755,7 @@ def save_packed(rows: Sequence[EncodedRow], path: Path, metadata: dict[str, str]
 
     Raises:
         DataError: no rows.
+        ResourceError: the disk is full.
     """
     if not rows:
         raise DataError(f"{path}: expected at least one row to pack, got none; write more rows first")
@@ -769,10 +769,8 @@ def save_packed(rows: Sequence[EncodedRow], path: Path, metadata: dict[str, str]
         "greedy": torch.tensor([bool(row.greedy) for row in rows], dtype=torch.uint8),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    save_file(tensors, temporary, metadata)
-    temporary.chmod(0o644)
-    temporary.replace(path)
+    manifest.save_tensors(tensors, path, metadata)
+    path.chmod(0o644)
 
 
 def load_packed(path: Path) -> tuple[TokenDataset, dict[str, str]]:

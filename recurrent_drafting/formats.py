@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers.utils import logging
 
@@ -57,6 +57,7 @@ def export_apple(drafter: Drafter, directory: Path) -> None:
     Raises:
         ModelError: the layout cannot express this drafter.
         UsageError: the directory holds something.
+        ResourceError: the disk is full.
     """
     _refuse_unless_apple_can(drafter)
     config = drafter.config
@@ -67,7 +68,8 @@ def export_apple(drafter: Drafter, directory: Path) -> None:
     del tensors["draft_token_ids"]
     names = _apple_names(config)
     _make_empty(directory)
-    save_file({names[name]: tensor.contiguous() for name, tensor in tensors.items()}, directory / WEIGHTS, _METADATA)
+    written = {names[name]: tensor.contiguous() for name, tensor in tensors.items()}
+    manifest.save_tensors(written, directory / WEIGHTS, _METADATA)
     _write_config(directory, record)
 
 
@@ -94,6 +96,7 @@ def export_speculators(drafter: Drafter, directory: Path) -> None:
 
     Raises:
         UsageError: the directory holds something.
+        ResourceError: the disk is full.
     """
     config, ids = drafter.config, drafter.draft_token_ids
     names = _speculators_names(config)
@@ -104,7 +107,7 @@ def export_speculators(drafter: Drafter, directory: Path) -> None:
         mask[ids] = True
         written |= {_OFFSETS: ids - torch.arange(len(ids), device=ids.device), _MASK: mask}
     _make_empty(directory)
-    save_file(written, directory / WEIGHTS, _METADATA)
+    manifest.save_tensors(written, directory / WEIGHTS, _METADATA)
     _write_config(directory, speculators_record(drafter))
 
 

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from recurrent_drafting import manifest
 from recurrent_drafting.data import Collator, EncodedRow, TokenDataset
 from recurrent_drafting.errors import DataError, ResourceError
 from recurrent_drafting.verifier import Verifier
@@ -121,9 +121,7 @@ class HiddenStateCache:
                 for start in range(0, len(shard.indices), _ROWS_PER_FORWARD)
             ]
             states = torch.cat([state for part in parts for state in part])
-            temporary = shard.path.with_suffix(".partial")
-            save_file({_NAME: states}, temporary, {"sha256": _checksum(states)})
-            temporary.replace(shard.path)
+            manifest.save_tensors({_NAME: states}, shard.path, {"sha256": _checksum(states)})
 
     def states(self, index: int) -> Tensor:
         """Return the states of a row, bfloat16 ``[T, H]``, read from the mapped file."""

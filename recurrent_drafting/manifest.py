@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from recurrent_drafting.errors import ModelError, ResourceError
 
@@ -174,21 +176,56 @@ def sha256(path: Path) -> str:
 def _partial(partial: Path, final: Path) -> Iterator[Path]:
     """Make an empty directory; it is gone afterwards, whatever happened."""
     try:
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        yield partial
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if not _is_full(error):
-            raise
-        raise ResourceError(
-            f"{final} was not written, the disk is full or at its limit: {str(error).strip().splitlines()[0]} "
-            f"({shutil.disk_usage(partial.parent).free} bytes free); nothing of it was kept, free space and run again"
-        ) from error
+        with space_for(final):
+            if partial.exists():
+                shutil.rmtree(partial)
+            partial.mkdir(parents=True)
+            yield partial
     finally:
         if partial.exists():
             shutil.rmtree(partial)
         _tidy(partial.parent)
+
+
+@contextmanager
+def space_for(path: Path) -> Iterator[None]:
+    """Say in one line that a write failed for want of space; other errors stay what they are.
+
+    Args:
+        path: final name of what is written under another; the caller removes that one.
+
+    Raises:
+        ResourceError: the disk is full, or a quota or a limit of the process is reached.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not _is_full(error):
+            raise
+        raise ResourceError(
+            f"{path} was not written, the disk is full or at its limit: {str(error).strip().splitlines()[0]} "
+            f"({shutil.disk_usage(path.parent).free} bytes free); nothing of it was kept, free space and run again"
+        ) from error
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file that appears when it is complete.
+
+    Args:
+        tensors: by name, contiguous.
+        path: the file; what is there already is replaced. Its directory exists.
+        metadata: stored in its header.
+
+    Raises:
+        ResourceError: the disk is full; what was there stays.
+    """
+    temporary = path.with_name(path.name + PARTIAL)
+    try:
+        with space_for(path):
+            save_file(dict(tensors), temporary, dict(metadata))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _tidy(directory: Path) -> None:

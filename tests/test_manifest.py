@@ -203,6 +203,16 @@ def test_a_disk_that_is_full_is_a_resource_error_and_nothing_is_left(
     assert names(folder.parent) == ["folder"] and PARTIAL not in names(folder)
 
 
+@pytest.mark.usefixtures("little_space")
+def test_tensors_that_the_disk_has_no_room_for_leave_the_file_that_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "tensors.safetensors"
+    manifest.save_tensors({"a": torch.ones(3)}, path, {"of": "a test"})
+    before = path.read_bytes()
+    with pytest.raises(ResourceError, match=r"tensors\.safetensors was not written, the disk is full or at its limit"):
+        manifest.save_tensors({"a": torch.zeros(1 << 16)}, path, {})
+    assert path.read_bytes() == before and names(tmp_path) == [path.name]
+
+
 def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(PermissionError), manifest.whole(tmp_path / "a", {}):
         raise PermissionError(13, "Permission denied")

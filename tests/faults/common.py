@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,6 +81,17 @@ def train_argv(base: str, data: str, *argv: str) -> list[str]:
 
 def train(base: str, data: str, *argv: str) -> int:
     return outcome(train_speculator.main, train_argv(base, data, *argv))
+
+
+@contextmanager
+def little_space(size: int) -> Iterator[None]:
+    """Let the system refuse to write a file further than some bytes, as a full disk or a quota does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def process(script: str, argv: Sequence[str], **environment: str) -> subprocess.Popen[str]:

@@ -136,6 +136,8 @@ ROWS: dict[int, tuple[str, ...]] = {
         "test_train_speculator.py::test_a_full_disk_keeps_what_was_saved",
         "test_train_speculator.py::test_resuming_takes_the_newest_complete_checkpoint",
         "faults/test_training.py::test_kill_9_inside_a_save_loses_nothing",
+        "faults/test_training.py::test_no_space_for_stored_states",
+        "faults/test_training.py::test_no_space_for_an_export",
     ),
     23: (
         "test_train_speculator.py::test_a_signal_in_training_saves_and_resuming_goes_on",

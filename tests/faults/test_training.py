@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 import train_speculator
-from recurrent_drafting import manifest
+from recurrent_drafting import formats, manifest
 from recurrent_drafting.checkpoint import load_drafter
 from tests import kill_resume
-from tests.faults.common import Capture, Models, process, refused, save_chats, train, train_argv
+from tests.faults.common import Capture, Models, little_space, process, refused, save_chats, train, train_argv
 
 SAVED = ["--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1"]
 
@@ -144,6 +144,25 @@ def test_states_of_something_else(models: Models, copied: str, how: str, capsys:
         Path("states/settings.json").write_text("{")
     argv = ["--hidden_state_cache", "states", "--output_dir", "new", *(["--bf16"] if how == "dtype" else [])]
     refused(train_speculator.main, train_argv(base, copied, *argv), 3, capsys, "states/settings.json")
+
+
+def test_no_space_for_stored_states(models: Models, chats: str, capsys: Capture) -> None:
+    """What is there stays, and the next run computes the rest."""
+    argv = ["--hidden_state_cache", "states", "--output_dir", "new"]
+    with little_space(2000):
+        line = refused(train_speculator.main, train_argv(models.base, chats, *argv), 5, capsys, "states/shard-")
+    assert "was not written, the disk is full or at its limit" in line and "bytes free" in line
+    assert [path.name for path in Path("states").iterdir()] == ["settings.json"]
+    assert train(models.base, chats, *argv) == 0
+
+
+@pytest.mark.parametrize("layout", formats.FORMATS)
+def test_no_space_for_an_export(models: Models, layout: str, capsys: Capture) -> None:
+    argv = ["export", "--format", layout, models.drafter, "exported"]
+    with little_space(2000):
+        refused(formats.main, argv, 5, capsys, "exported/model.safetensors was not written, the disk is full")
+    assert list(Path("exported").iterdir()) == []
+    assert formats.main(argv) == 0
 
 
 # Nothing to learn from
