@@ -37,6 +37,7 @@ MAX_PROMPT_BYTES = 64 * 1024 * 1024
 TIMINGS, TIMINGS_ONE_SHOT = 5, 1
 # Prompts of a sweep, spread over the file.
 SWEEP_PROMPTS = 8
+AUTO = "auto"
 
 
 def build_parser() -> cli.ArgumentParser:
@@ -92,11 +93,11 @@ def _add_sweep(parser: cli.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "sweep",
         f"with --sweep; each value with each, on {SWEEP_PROMPTS} prompts unless --max_num_prompts says otherwise; "
-        "--beam_width, --beam_length, --max_tree_nodes and --temperature fix theirs",
+        "--beam_width, --beam_length, --max_tree_nodes, --temperature and --greedy_search fix theirs",
     )
     kinds = {"widths": int, "lengths": int, "nodes": _tree_nodes, "temperatures": float}
     for name, kind in kinds.items():
-        usual = " ".join("auto" if value is None else str(value) for value in getattr(SweepGrid, name))
+        usual = " ".join(AUTO if value is None else str(value) for value in getattr(SweepGrid, name))
         group.add_argument(f"--sweep_{name}", nargs="+", type=kind, metavar="X", help=f"default: {usual}")
     group.add_argument(
         "--save_recommended", action="store_true", help="make the best beam width and length the drafter's defaults"
@@ -130,9 +131,8 @@ def _add_models(parser: cli.ArgumentParser) -> None:
     beam.add_argument(
         "--max_tree_nodes",
         type=_tree_nodes,
-        default="auto",
         metavar="auto|N",
-        help="nodes verified per step, root included; auto follows the measured latency curve",
+        help=f"nodes verified per step, root included; {AUTO} follows the measured latency curve (default: {AUTO})",
     )
 
 
@@ -142,8 +142,9 @@ def _add_sampling(parser: cli.ArgumentParser) -> None:
     group.add_argument("--greedy_search", action="store_true", help="temperature 0")
     for item in fields(SamplingConfig):
         if item.name != "bad_words_ids":
-            kind = type(item.default)
-            group.add_argument(f"--{item.name}", type=kind, default=item.default, help=_HELP[item.name])
+            # None: not given; the classes have the defaults.
+            text = f"{_HELP[item.name]} (default: {item.default})"
+            group.add_argument(f"--{item.name}", type=type(item.default), help=text)
     group.add_argument("--bad_words", nargs="+", default=[], metavar="WORD", help="never written")
     group.add_argument(
         "--stop",
@@ -167,14 +168,19 @@ _HELP = {
 }
 
 
-def _tree_nodes(text: str) -> int | None:
-    """Read --max_tree_nodes: auto is None."""
-    if text == "auto":
-        return None
+def _tree_nodes(text: str) -> int | str:
+    """Read a number of tree nodes, or auto."""
+    if text == AUTO:
+        return text
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected auto or a number, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected {AUTO} or a number, got {text!r}") from None
+
+
+def _node_limit(given: int | str | None) -> int | None:
+    """Return the limit on tree nodes that a value of the command line means; None has no fixed one."""
+    return given if isinstance(given, int) else None
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -189,8 +195,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < minimum:
             raise UsageError(f"--{name} must be >= {minimum}, got {value}")
-    BeamConfig(max_nodes=args.max_tree_nodes)
-    if args.greedy_search and args.temperature > 0:
+    BeamConfig(max_nodes=_node_limit(args.max_tree_nodes))
+    if args.greedy_search and args.temperature:
         raise UsageError(f"--greedy_search excludes --temperature {args.temperature}: give one")
     sampling_config(args, ())
     if not all([*args.stop, *args.bad_words]):
@@ -237,19 +243,22 @@ def sweep_grid(args: argparse.Namespace) -> SweepGrid:
     Raises:
         UsageError: a value is out of range, or an axis is given twice.
     """
+    temperature = 0.0 if args.greedy_search else args.temperature
     axes = {
-        "widths": ("beam_width", args.beam_width),
-        "lengths": ("beam_length", args.beam_length),
-        "nodes": ("max_tree_nodes", args.max_tree_nodes),
-        "temperatures": ("temperature", args.temperature or None),
+        "widths": (f"--beam_width {args.beam_width}", args.beam_width),
+        "lengths": (f"--beam_length {args.beam_length}", args.beam_length),
+        "nodes": (f"--max_tree_nodes {args.max_tree_nodes}", args.max_tree_nodes),
+        "temperatures": ("--greedy_search" if args.greedy_search else f"--temperature {temperature}", temperature),
     }
     chosen: dict[str, Any] = {}
     for axis, (flag, value) in axes.items():
         given = getattr(args, f"sweep_{axis}")
         if given and value is not None:
-            raise UsageError(f"--sweep_{axis} excludes --{flag} {value}: give one")
+            raise UsageError(f"--sweep_{axis} excludes {flag}: give one")
         if given or value is not None:
-            chosen[axis] = tuple(given) if given else (value,)
+            chosen[axis] = tuple(given or [value])
+    if "nodes" in chosen:
+        chosen["nodes"] = tuple(map(_node_limit, chosen["nodes"]))
     return SweepGrid(**chosen)
 
 
@@ -263,8 +272,8 @@ def _check_output_file(flag: str, path: Path) -> None:
 def sampling_config(args: argparse.Namespace, bad_words_ids: Sequence[Sequence[int]]) -> SamplingConfig:
     """Collect the sampling flags."""
     names = [item.name for item in fields(SamplingConfig) if item.name != "bad_words_ids"]
-    words = tuple(tuple(word) for word in bad_words_ids)
-    return SamplingConfig(**{name: getattr(args, name) for name in names}, bad_words_ids=words)
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return SamplingConfig(**given, bad_words_ids=tuple(tuple(word) for word in bad_words_ids))
 
 
 def bad_words_ids(tokenizer: Any, words: Sequence[str]) -> list[list[int]]:
@@ -416,10 +425,10 @@ def run_settings(args: argparse.Namespace, tokenizer: Any, config: RecurrentDraf
         beam=BeamConfig(
             width=args.beam_width or own.beam_width,
             length=args.beam_length or own.beam_length,
-            max_nodes=args.max_tree_nodes,
+            max_nodes=_node_limit(args.max_tree_nodes),
             lookup_length=own.lookup_length if args.lookup_length is None else args.lookup_length,
         ),
-        auto_tree=args.max_tree_nodes is None,
+        auto_tree=_node_limit(args.max_tree_nodes) is None,
         stop=stop,
     )
 

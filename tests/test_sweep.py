@@ -124,6 +124,12 @@ def test_a_structural_difference_is_reported_before_the_exit(
             ["--eval_file", "q", "--sweep", "--beam_width", "3", "--sweep_widths", "1"],
             "--sweep_widths excludes --beam_width 3",
         ),
+        (
+            ["--eval_file", "q", "--sweep", "--max_tree_nodes", "auto", "--sweep_nodes", "4"],
+            "--max_tree_nodes auto: give",
+        ),
+        (["--eval_file", "q", "--sweep", "--temperature", "0", "--sweep_temperatures", "1"], "--temperature 0.0: "),
+        (["--eval_file", "q", "--sweep", "--greedy_search", "--sweep_temperatures", "1"], "excludes --greedy_search"),
     ],
 )
 def test_usage_errors(argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,10 +138,31 @@ def test_usage_errors(argv: list[str], expected: str, capsys: pytest.CaptureFixt
     assert expected in err and err.count("\n") == 1
 
 
-def test_a_flag_of_one_value_fixes_its_axis() -> None:
+@pytest.mark.parametrize(
+    ("argv", "nodes", "temperatures"),
+    [
+        ([], (None, 16), (0.0, 1.0)),
+        (["--max_tree_nodes", "6", "--temperature", "0.7"], (6,), (0.7,)),
+        (["--max_tree_nodes", "auto", "--temperature", "0"], (None,), (0.0,)),
+        (["--greedy_search"], (None, 16), (0.0,)),
+        (["--greedy_search", "--temperature", "0"], (None, 16), (0.0,)),
+    ],
+)
+def test_a_flag_of_one_value_fixes_its_axis(
+    argv: list[str], nodes: tuple[int | None, ...], temperatures: tuple[float, ...]
+) -> None:
     parse_args = generate_speculator.build_parser().parse_args
-    grid = generate_speculator.sweep_grid(parse_args(["--sweep", "--max_tree_nodes", "6", "--temperature", "0.7"]))
-    assert (grid.nodes, grid.temperatures, grid.widths) == ((6,), (0.7,), (1, 4, 10))
+    grid = generate_speculator.sweep_grid(parse_args(["--sweep", *argv]))
+    assert (grid.nodes, grid.temperatures, grid.widths) == (nodes, temperatures, (1, 4, 10))
+
+
+@pytest.mark.parametrize("argv", [["--temperature", "0"], ["--greedy_search"]])
+def test_a_greedy_sweep_does_not_sample(models: tuple[str, str], tmp_path: Path, argv: list[str]) -> None:
+    out = tmp_path / "sweep.json"
+    shape = ["--sweep", "--beam_width", "2", "--beam_length", "2", "--max_tree_nodes", "auto"]
+    assert run(models, *shape, *argv, "--max_num_prompts", "1", "--output_file", str(out)) == 0
+    [point] = json.loads(out.read_text())["sweep"]["points"]
+    assert (point["max_nodes"], point["temperature"]) == (None, 0.0)
 
 
 RECORD: dict[str, Any] = {
