@@ -11,6 +11,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -373,7 +374,7 @@ def load_named_drafter(name: str) -> Drafter:
     """Load a drafter; say which others there are if it does not load."""
     from recurrent_drafting.checkpoint import load_drafter
 
-    path = Path(name).expanduser()
+    path = cli.user_path(name)
     local = name.count("/") != 1 or name.startswith((".", "~")) or path.parent.is_dir()
     if local and not path.exists():
         raise ModelError(f"--speculator_path {name} does not exist; {_list(find_drafters())}")
@@ -458,6 +459,10 @@ def talk(verifier: Verifier, decoder: SpeculativeDecoder | None, tokenizer: Any,
     """Chat on the terminal."""
     from recurrent_drafting import AutoregressiveDecoder, chat
 
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # A byte that is no text would end the stream, and with it the lines behind it; so the chat gets it and refuses
+        # its message alone. A pipe is UTF-8 in every locale, as one that brings a prompt is.
+        sys.stdin.reconfigure(encoding=None if sys.stdin.isatty() else "utf-8", errors="surrogateescape")
     chat.Chat(
         AutoregressiveDecoder(verifier),
         decoder,
@@ -528,7 +533,7 @@ def sweep(
     """
     from recurrent_drafting.sweep import Sweep, format_table, save_recommended
 
-    path = Path(args.speculator_path).expanduser()
+    path = cli.user_path(args.speculator_path)
     if args.save_recommended and not path.is_dir():
         raise UsageError(f"--save_recommended writes into the drafter: expected a local directory, got {path}")
     mismatch = args.allow_base_mismatch

@@ -40,7 +40,7 @@ def build_parser() -> cli.ArgumentParser:
 
 def execute(args: argparse.Namespace) -> int:
     """Run what the command line asks for."""
-    directory = Path(args.model_path).expanduser()
+    directory = cli.user_path(args.model_path)
     check_names(args.repo_name, directory)
 
     from huggingface_hub.utils import disable_progress_bars

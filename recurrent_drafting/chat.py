@@ -7,16 +7,15 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TextIO
 
 from torch import Tensor
 
-from recurrent_drafting import data
+from recurrent_drafting import cli, data
 from recurrent_drafting.config import SamplingConfig
 from recurrent_drafting.decoding import AutoregressiveDecoder, SpeculativeDecoder
 from recurrent_drafting.detokenizer import Detokenizer, StopStrings
-from recurrent_drafting.errors import RecurrentDraftingError, UsageError
+from recurrent_drafting.errors import DataError, RecurrentDraftingError, UsageError
 from recurrent_drafting.metrics import DecodingStats
 
 _GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
@@ -301,6 +300,11 @@ class Chat:
         """Carry out a command, or answer; an error is told and the chat goes on."""
         name, _, argument = message.strip().partition(" ")
         try:
+            if not data.is_unicode(message):
+                raise DataError(
+                    "the message holds bytes that are no text: expected UTF-8; the conversation is unchanged, convert "
+                    "the message and send it again"
+                )
             if name in self._commands and "\n" not in name:
                 self._commands[name](argument.strip())
             elif name.startswith("/") and name[1:].isalpha():
@@ -396,9 +400,11 @@ class Chat:
     def _save(self, text: str) -> None:
         if not text:
             raise UsageError("/save takes a file name")
+        path = cli.user_path(text)
         try:
-            with Path(text).expanduser().open("x", encoding="utf-8") as file:
+            with path.open("x", encoding="utf-8") as file:
                 json.dump({"messages": self.messages}, file, indent=2, ensure_ascii=False)
-        except OSError as error:
-            raise UsageError(f"{text} cannot be written: {error.strerror}") from error
+        except (OSError, ValueError) as error:  # ValueError: a null byte
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UsageError(f"{text} cannot be written: {reason}; name another file") from error
         self._terminal.line(f"saved {text}")

@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from recurrent_drafting import memory
@@ -53,6 +54,18 @@ class ArgumentParser(argparse.ArgumentParser):
         names = [name for parser in parsers for name in parser._option_string_actions if name.startswith("--")]
         near = difflib.get_close_matches(flag.split("=", maxsplit=1)[0], names, n=1, cutoff=0.5)
         return f"; did you mean {near[0]}?" if near else ""
+
+
+def user_path(text: str) -> Path:
+    """Return a path that a user wrote, its leading ``~`` or ``~name`` replaced.
+
+    Raises:
+        UsageError: nobody of that name has a home on this machine.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"{text} begins with a home that is not on this machine: write the path in full") from error
 
 
 def run(body: Callable[[], int], debug: bool) -> int:

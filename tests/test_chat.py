@@ -153,13 +153,20 @@ def test_commands(decoders: Any, tmp_path: Path) -> None:
         ("/speculation maybe", "takes on or off"),
         ("/save", "takes a file name"),
         ("/save /nowhere/at/all", "cannot be written"),
+        ("/save a\0b", "a\0b cannot be written: embedded null byte"),
+        ("/save ~no-such-user/x", "~no-such-user/x begins with a home that is not on this machine"),
+        ("/save \udcff", "expected UTF-8"),
+        ("hello \udcff", "expected UTF-8"),
         ("/helo", "unknown command /helo"),
     ],
 )
 def test_wrong_commands_are_told_and_the_chat_goes_on(decoders: Any, command: str, expected: str) -> None:
     session, output = make_chat(decoders)
     session.handle(command)
-    assert "error: " in output.getvalue() and expected in output.getvalue()
+    assert output.getvalue().count("error: ") == 1 and expected in output.getvalue()
+    assert output.getvalue().count("\n") == 1 and session.messages == []
+    session.handle("hello")
+    assert len(session.messages) == 2
 
 
 def test_a_saved_file_is_not_overwritten(decoders: Any, tmp_path: Path) -> None:

@@ -184,6 +184,7 @@ ROWS: dict[int, tuple[str, ...]] = {
     33: (
         "faults/test_prompts.py::test_a_chat_ends_with_its_input",
         "faults/test_prompts.py::test_a_very_long_paste_is_told_and_changes_nothing",
+        "faults/test_prompts.py::test_bytes_that_are_no_text_cost_their_message_alone",
         "faults/test_prompts.py::test_ctrl_c_during_a_reply",
     ),
     34: ("faults/test_prompts.py::test_a_reader_that_leaves_ends_the_scripts_quietly",),

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import generate_speculator
+import huggingface_deployment
 import train_speculator
 from recurrent_drafting import AutoregressiveDecoder, data
 from tests.faults.common import Capture, Models, Pipe, generate, generate_argv, process, refused, train_argv
@@ -280,6 +281,32 @@ def test_a_very_long_paste_is_told_and_changes_nothing(
     out = capsys.readouterr().out
     assert "the conversation is unchanged" in out and f"context window is {WINDOW}" in out
     assert Path("before").read_text() == Path("after").read_text()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_bytes_that_are_no_text_cost_their_message_alone(
+    models: Models, encoding: str, errors: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    content = "hé\n/save before\n".encode() + b"\xff\n/save a\xff\n/save after\nmore\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding=encoding, errors=errors))
+    assert generate(models, "--interactive") == 0
+    out = capsys.readouterr().out
+    assert out.count("error: ") == out.count("error: the message holds bytes that are no text: expected UTF-8") == 2
+    assert Path("before").read_text() == Path("after").read_text()
+    assert json.loads(Path("after").read_text())["messages"][0]["content"] == "hé"
+    assert out.count("[8 tokens") == 2
+
+
+def test_a_home_that_nobody_has(models: Models, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    assert talk(models, monkeypatch, b"/save ~no-such-user/x\nhello\n") == 0
+    out = capsys.readouterr().out
+    assert "error: ~no-such-user/x begins with a home that is not on this machine" in out and "[8 tokens" in out
+    for main, argv in (
+        (generate_speculator.main, ["--prompt", "a", "--speculator_path", "~no-such-user/x"]),
+        (huggingface_deployment.main, ["--model_path", "~no-such-user/x", "--repo_name", "a/b"]),
+    ):
+        refused(main, argv, 2, capsys, "~no-such-user/x begins with a home")
 
 
 class InterruptedScreen(io.StringIO):
