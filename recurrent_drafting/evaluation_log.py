@@ -6,7 +6,6 @@ further session. A last line that was torn by a kill is dropped.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from recurrent_drafting import file_lock
 from recurrent_drafting.errors import DataError, ModelError, UsageError
 
 _SUFFIX = ".progress.jsonl"
@@ -114,10 +114,8 @@ def opened(path: Path, identity: dict[str, Any]) -> Iterator[EvaluationLog]:
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}; name another --output_file") from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"{path} is in use by another run; wait for it, or name another --output_file") from None
+        if not file_lock.acquire(file.fileno(), path):
+            raise UsageError(f"{path} is in use by another run; wait for it, or name another --output_file")
         yield EvaluationLog(path, file, identity)
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import logging
 import os
 import signal
 import socket
@@ -19,15 +16,12 @@ from typing import Any
 import torch
 import transformers
 
+from recurrent_drafting import file_lock
 from recurrent_drafting.errors import UsageError
 
 LOCK = ".lock"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _ECHO_SECONDS = 1.0
-# What network file systems answer that are mounted without locks.
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-
-logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -51,22 +45,13 @@ def only_run(directory: Path) -> Iterator[None]:
 def _acquire(path: Path) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
-                logger.warning(
-                    "%s cannot be locked (%s): a second run in it would not be noticed", path, error.strerror
-                )
-                return descriptor
-            if not isinstance(error, BlockingIOError):
-                raise
+        if not file_lock.acquire(descriptor, path):
             holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
             os.close(descriptor)
             raise UsageError(
                 f"--output_dir {path.parent} is in use by another run ({holder}): lock {path}; wait for it, or "
                 "name another directory"
-            ) from None
+            )
         if _is_named(descriptor, path):
             return descriptor
         os.close(descriptor)

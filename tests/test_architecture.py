@@ -49,6 +49,7 @@ ORDER = (
     "tracking",
     "distributed",
     "resume",
+    "file_lock",
     "run_guard",
     "resumable_trainer",
     "trainer",

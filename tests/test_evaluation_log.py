@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -53,6 +55,15 @@ def run(
     decoder: SpeculativeDecoder, questions: Sequence[Question], path: Path | None, settings: RunSettings = SETTINGS
 ) -> dict[str, Any]:
     return evaluation.compare(decoder.verifier, decoder, make_tokenizer(), questions, settings, path)
+
+
+def script(folder: Path) -> tuple[list[str], Path]:
+    """Make what an evaluation of three questions needs; return its command line and where the results go."""
+    base = save_base(folder / "base")
+    drafter, asked = save_drafter(folder / "drafter", base), save_questions(folder / "q.jsonl", 3)
+    out = folder / "new" / "r.json"
+    argv = ["--speculator_path", str(drafter), "--eval_file", str(asked), "--max_generation_length", "8"]
+    return [*argv, "--dtype", "fp32", "--device", "cpu", "--output_file", str(out)], out
 
 
 def interrupt(
@@ -183,14 +194,27 @@ def test_two_runs_do_not_share_a_file(tmp_path: Path) -> None:
         assert (log.entries, log.sessions) == ([{"rows": []}], 2)
 
 
+def test_a_file_system_without_locks_is_said_so(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refused(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    argv, out = script(tmp_path)
+    assert generate_speculator.main([*argv, "--max_num_prompts", "1"]) == 0
+    assert len(json.loads(out.read_text())["rows"]) == 1
+    [message] = [record.getMessage() for record in caplog.records if "lock" in record.getMessage()]
+    assert f"{evaluation_log.path_for(out)} cannot be locked (No locks available)" in message
+
+
 def test_the_script_goes_on_and_removes_the_file_when_all_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = save_base(tmp_path / "base")
-    drafter, asked = save_drafter(tmp_path / "drafter", base), save_questions(tmp_path / "q.jsonl", 3)
-    out = tmp_path / "new" / "r.json"
-    argv = ["--speculator_path", str(drafter), "--eval_file", str(asked), "--max_generation_length", "8"]
-    argv += ["--dtype", "fp32", "--device", "cpu", "--output_file", str(out)]
+    argv, out = script(tmp_path)
     original = SpeculativeDecoder.generate
     calls: list[int] = []
 
