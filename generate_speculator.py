@@ -501,7 +501,7 @@ def evaluate(
     from recurrent_drafting import evaluation, evaluation_log
 
     progress = None if args.output_file is None else evaluation_log.path_for(Path(args.output_file))
-    if progress is not None and progress.exists():
+    if progress is not None and evaluation_log.holds_batches(progress):
         _say(f"going on from {progress}")
     try:
         if decoder is None:
@@ -511,7 +511,7 @@ def evaluate(
         else:
             record = evaluation.run_speculative(decoder, tokenizer, questions, settings, progress)
     except KeyboardInterrupt:
-        if progress is not None:
+        if progress is not None and evaluation_log.holds_batches(progress):
             _say(f"finished prompts are kept in {progress}: run the same command again to go on")
         raise
     print(evaluation.format_summary(record["summary"]))

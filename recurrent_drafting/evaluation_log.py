@@ -1,7 +1,8 @@
 """What an evaluation has finished, on disk: appended as it goes, so that a run that was cut off can go on.
 
 The first line says what the run is made of; every other line is a finished batch, or the start of a
-further session. A last line that was torn by a kill is dropped.
+further session. A last line that was torn by a kill is dropped. A log without a finished batch binds nobody: it
+begins anew, whatever run it was of.
 """
 
 from __future__ import annotations
@@ -17,11 +18,22 @@ from recurrent_drafting import file_lock
 from recurrent_drafting.errors import DataError, ModelError, UsageError
 
 _SUFFIX = ".progress.jsonl"
+# How the line of a finished batch begins.
+_BATCH = b'{"batch": '
 
 
 def path_for(output: Path) -> Path:
     """Return where the progress of a run is kept, from where its results go."""
     return output.with_name(output.name + _SUFFIX)
+
+
+def holds_batches(path: Path) -> bool:
+    """Tell whether there is a log with a finished batch, so that the same run would go on from it."""
+    try:
+        whole = path.read_bytes().split(b"\n")[:-1]
+    except OSError:  # ``opened`` says why
+        return False
+    return any(line.startswith(_BATCH) for line in whole)
 
 
 class EvaluationLog:
@@ -38,6 +50,9 @@ class EvaluationLog:
         self._file = file
         lines = self._whole_lines()
         self.entries: list[dict[str, Any]] = [line["batch"] for line in lines if "batch" in line]
+        if not self.entries:
+            self._file.truncate(0)
+            lines = []
         self._curves: dict[str, Any] | None = next((line["curves"] for line in lines if "curves" in line), None)
         self.sessions = 1 + sum("session" in line for line in lines)
         self.identity = identity

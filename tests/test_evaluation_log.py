@@ -152,6 +152,26 @@ def test_other_settings_are_refused_by_name(
     assert path.read_bytes() == before
 
 
+def test_a_run_that_finished_nothing_does_not_bind_the_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv, out = script(tmp_path)
+    assert generate_speculator.main([*argv, "--max_prompt_length", "5"]) == 3
+    assert "--max_prompt_length 5 leaves no room" in capsys.readouterr().err
+    assert evaluation_log.path_for(out).exists()
+    assert generate_speculator.main(argv) == 0
+    assert "going on from" not in capsys.readouterr().err
+    assert json.loads(out.read_text())["sessions"] == 1
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SpeculativeDecoder, "generate", interrupted)
+    assert generate_speculator.main(argv) == 130
+    err = capsys.readouterr().err
+    assert err.endswith("error: interrupted\n") and "kept in" not in err
+
+
 def test_tree_sizes_follow_the_curves_of_the_first_session(
     decoder: SpeculativeDecoder, questions: list[Question], tmp_path: Path
 ) -> None:
