@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import DynamicCache
 
 from recurrent_drafting import memory
@@ -137,7 +138,8 @@ def audit(decoder: SpeculativeDecoder, pairs: Sequence[Pair], settings: Settings
         report.unaudited = len(differing)
         return report
     same_in_float64 = [False] * len(differing) if exact else _rerun(decoder, differing, settings)
-    for found, same in zip(differing, same_in_float64, strict=True):
+    judged = zip(differing, same_in_float64, strict=True)
+    for found, same in tqdm(judged, total=len(differing), desc="audit: rounding", unit="text"):
         pair = _uncut(decoder, found, settings) if settings.stop else found
         judge(report, decoder.verifier, pair, settings, same)
     return report
@@ -185,7 +187,7 @@ def _rerun(decoder: SpeculativeDecoder, pairs: Sequence[Pair], settings: Setting
     verifier = Verifier(model, decoder.verifier.name_or_path)
     exact = SpeculativeDecoder(verifier, decoder.drafter, decoder.beam, latency=decoder.latency)
     same = []
-    for start in range(0, len(pairs), _RERUN_BATCH):
+    for start in tqdm(range(0, len(pairs), _RERUN_BATCH), desc="audit: float64", unit="batch"):
         plain, drafted = _texts(exact, pairs[start : start + _RERUN_BATCH], settings)
         same += [a == b for a, b in zip(plain, drafted, strict=True)]
     return same
