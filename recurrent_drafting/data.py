@@ -474,7 +474,7 @@ def load_dataset_by_name(
 
     Raises:
         UsageError: no such name, or the ``datasets`` package is missing.
-        DataError: see ``read_conversations``.
+        DataError: see ``read_conversations``; a hub set whose files cannot be read.
         NetworkError: the hub did not answer.
     """
     if Path(name).is_file() or Path(name).suffix in (".json", ".jsonl", ".parquet", ".txt"):
@@ -500,7 +500,7 @@ def _hub_rows(name: str, source: HubSource, split: str | None, max_rows: int | N
     wanted = split or source.split
     # A slice of a split ("train[:1%]") cannot be streamed.
     streaming = max_rows is not None and "[" not in wanted
-    number = 0
+    what, number = f"--dataset_name {name} ({source.repository}, split {wanted})", 0
     try:
         rows = datasets.load_dataset(
             source.repository,
@@ -514,8 +514,13 @@ def _hub_rows(name: str, source: HubSource, split: str | None, max_rows: int | N
                 yield f"{name}: row {number}", row
     except (OSError, ValueError, checkpoint.HTTP_ERROR) as error:
         raise NetworkError(
-            f"--dataset_name {name} ({source.repository}, split {wanted}) did not load from the hub after "
-            f"{number} rows: {_first_line(error)}; check the network and the split, or {_ALTERNATIVE}"
+            f"{what} did not load from the hub after {number} rows: {_first_line(error)}; check the network and the "
+            f"split, or {_ALTERNATIVE}"
+        ) from error
+    except datasets.exceptions.DatasetsError as error:  # its own message says nothing of the cause
+        raise DataError(
+            f"{what} came from the hub and does not read as rows: {_first_line(error.__cause__ or error)}; delete it "
+            f"from the cache of datasets and run again, or {_ALTERNATIVE}"
         ) from error
 
 

@@ -169,6 +169,7 @@ ROWS: dict[int, tuple[str, ...]] = {
         "faults/test_network.py::test_a_hub_that_refuses",
         "faults/test_network.py::test_a_hub_that_is_not_there",
         "faults/test_network.py::test_a_data_set_of_the_hub_that_does_not_come",
+        "faults/test_network.py::test_a_data_set_of_the_hub_that_does_not_read",
         "faults/test_secrets.py::test_a_download",
         "test_hub.py::test_no_hub_no_login_and_offline",
     ),

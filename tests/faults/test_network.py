@@ -15,6 +15,7 @@ import huggingface_deployment
 import train_speculator
 from recurrent_drafting import assets
 from recurrent_drafting.assets import ASSETS
+from recurrent_drafting.data import HUB_SOURCES
 from tests.faults.common import TOKEN, Capture, Main, Models, generate_argv, outcome, refused, train_argv
 from tests.hub_server import CUT, Fault, HubServer, Repository
 from tests.test_hub import SUMMARY
@@ -92,6 +93,19 @@ def test_a_hub_that_is_not_there(
 def test_a_data_set_of_the_hub_that_does_not_come(models: Models, name: str, capsys: Capture) -> None:
     named = (f"--dataset_name {name}", "use --dataset_name self", "a local .json")
     refused(train_speculator.main, train_argv(models.base, name, "--max_train_samples", "9"), 7, capsys, *named)
+
+
+def test_a_data_set_of_the_hub_that_does_not_read(
+    models: Models, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """The library takes a local directory of a repository's name for the repository."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", place / "cache")
+    source = HUB_SOURCES["sharegpt"]
+    Path(source.repository).mkdir(parents=True)
+    (Path(source.repository) / str(source.data_files)).write_text('[{"id": "a", "conversations": [')
+    named = ("--dataset_name sharegpt", "does not read as rows: Expected object or value", "use --dataset_name self")
+    refused(train_speculator.main, train_argv(models.base, "sharegpt"), 3, capsys, *named)
 
 
 def test_a_drafter_of_the_hub_is_compared_with_its_manifest(
