@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,13 +21,27 @@ from recurrent_drafting.checkpoint import CONFIG, WEIGHTS
 from recurrent_drafting.config import RecurrentDraftingConfig
 from recurrent_drafting.errors import DataError, NetworkError, RecurrentDraftingError, UsageError
 
+logger = logging.getLogger(__name__)
+
 CARD = "README.md"
 RESULTS = "quick_results.json"
 _MARK = "<!-- written by huggingface_deployment.py; remove this line to keep your own changes -->"
 _TAGS = ["speculative-decoding", "recurrent-drafter", "redrafter", "text-generation"]
 # Of the JSON's summary; the last ones are there after --compare.
 _METRICS = ("tau", "tokens_per_second", "speedup_median", "identical")
-_NEEDED = ("base_model", "dtype", "device", "batch_size", "temperature", "prompts", "tau", "acceptance_by_depth")
+_NEEDED = (
+    "base_model",
+    "dtype",
+    "device",
+    "batch_size",
+    "temperature",
+    "prompts",
+    "tau",
+    "acceptance_by_depth",
+    "method",
+)
+# What the summary of an evaluation with a drafter calls itself; the baseline alone is "baseline".
+_METHOD = "speculative"
 _WAITS = (1, 4)
 _LONGEST_WAIT = 60
 _BUSY = (429, 500, 502, 503, 504)
@@ -69,31 +84,72 @@ class Base:
 def read_evaluations(directory: Path, named: Sequence[str]) -> list[Evaluation]:
     """Read evaluation files.
 
+    Of the directory's own files, those that evaluate no drafter (sweeps, the baseline alone) are left out with a
+    warning.
+
     Args:
         directory: of the drafter, where they are looked for unless named.
         named: files written by ``--output_file`` or ``--quick``; empty takes those of the directory.
 
     Raises:
-        UsageError: there is none; says how to make one.
+        UsageError: there is none (says how to make one), or one would replace another file in the upload.
         DataError: a file is no evaluation of a drafter.
     """
-    files = [Path(name) for name in named] or sorted(path for path in directory.glob("*results*.json"))
-    if not files:
+    if named:
+        _check_file_names([Path(name) for name in named])
+        return [_evaluation(Path(name), _read_record(Path(name))) for name in named]
+    found = []
+    for path in sorted(directory.glob("*results*.json")):
+        record = _read_record(path)
+        if _evaluates_no_drafter(record):
+            logger.warning("%s evaluates no drafter: it is left out", path)
+        else:
+            found.append(_evaluation(path, record))
+    if not found:
         raise UsageError(
             f"no evaluation in {directory}: expected {RESULTS} or another *results*.json, whose figures go on the "
             f"card; run python generate_speculator.py --speculator_path {directory} --eval_mt_bench --compare "
             f"--output_file {directory / 'results.json'}, or name a file with --results"
         )
-    return [_read_evaluation(path) for path in files]
+    return found
 
 
-def _read_evaluation(path: Path) -> Evaluation:
+def _check_file_names(paths: Sequence[Path]) -> None:
+    """Refuse evaluation files that would take the place of others in the upload: it has one directory."""
+    taken = dict.fromkeys((CARD, CONFIG, manifest.MANIFEST), "the drafter's own file")
+    for path in paths:
+        if path.name in taken:
+            raise UsageError(f"--results {path} would replace {taken[path.name]} in the upload: rename one of them")
+        taken[path.name] = str(path)
+
+
+def _read_record(path: Path) -> Any:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} does not read as JSON: {error}; evaluate the drafter again") from error
+
+
+def _summary(record: Any) -> dict[str, Any]:
+    """Return the summary of a record, empty if it has none."""
     summary = record.get("summary") if isinstance(record, dict) else None
-    missing = [key for key in _NEEDED if not isinstance(summary, dict) or summary.get(key) is None]
+    return summary if isinstance(summary, dict) else {}
+
+
+def _evaluates_no_drafter(record: Any) -> bool:
+    """Tell whether a record is another result of this package: a sweep, or the baseline alone."""
+    is_sweep = isinstance(record, dict) and "sweep" in record
+    return is_sweep or _summary(record).get("method", _METHOD) != _METHOD
+
+
+def _evaluation(path: Path, record: Any) -> Evaluation:
+    summary = _summary(record)
+    if _evaluates_no_drafter(record):
+        raise DataError(
+            f"{path} is no evaluation of a drafter: expected a summary of method {_METHOD!r}, got "
+            f"{summary.get('method', 'a sweep')!r}; write one with generate_speculator.py --eval_mt_bench --output_file"
+        )
+    missing = [key for key in _NEEDED if summary.get(key) is None]
     if missing:
         raise DataError(
             f"{path} is no evaluation of a drafter: its summary lacks {', '.join(missing)}; write it with "

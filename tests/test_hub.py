@@ -314,6 +314,54 @@ def test_what_cannot_be_uploaded_is_refused_before_the_network(
     assert server.seen == []
 
 
+SWEEP = {"sweep": {"method": "speculative", "points": []}}
+BASELINE = {
+    "summary": {**SUMMARY, "method": "baseline", "speculator_path": None, "tau": 1.0, "acceptance_by_depth": []}
+}
+OTHERS = {"sweep": (SWEEP, "got 'a sweep'"), "baseline": (BASELINE, "got 'baseline'")}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_results_that_evaluate_no_drafter_are_left_out_and_refused_by_name(
+    server: HubServer, folder: Path, what: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    record, got = OTHERS[what]
+    other = folder / f"{what}_results.json"
+    other.write_text(json.dumps(record))
+    assert deploy(folder, "--dry_run") == 0
+    out = capsys.readouterr().out
+    assert re.findall(r"bytes  (\S+)", out) == sorted(UPLOADED) and out.count("| tau (tokens per verifier step)") == 1
+    assert caplog.messages == [f"{other} evaluates no drafter: it is left out"]
+    assert deploy(folder, "--results", str(other)) == 3
+    assert f"{other} is no evaluation of a drafter: expected a summary of method" in (err := capsys.readouterr().err)
+    assert got in err and err.count("\n") == 1
+    (folder / "quick_results.json").unlink()
+    assert deploy(folder) == 2
+    assert "no evaluation in" in capsys.readouterr().err
+    assert server.seen == []
+
+
+@pytest.mark.parametrize(
+    ("names", "replaced"),
+    [
+        (["a/results.json", "b/results.json"], "a/results.json"),
+        (["a/results.json", "a/results.json"], "a/results.json"),
+        (["a/config.json"], "the drafter's own file"),
+    ],
+)
+def test_evaluations_that_would_replace_another_file_are_refused(
+    server: HubServer, folder: Path, tmp_path: Path, names: list[str], replaced: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text((folder / "quick_results.json").read_text())
+    assert deploy(folder, "--results", *(str(tmp_path / name) for name in names)) == 2
+    err = capsys.readouterr().err
+    assert f"--results {tmp_path / names[-1]} would replace" in err and f"{replaced} in the upload" in err
+    assert err.count("\n") == 1 and server.seen == []
+
+
 def test_what_is_not_known_is_not_stated_and_local_paths_stay_here(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
