@@ -5,7 +5,8 @@ Serve with ``RECURRENT_DRAFTING_SPECULATOR=DIR vllm serve BASE --speculative-con
 
 vLLM's interface for custom proposers hands over tokens, not hidden states. ``_EngineWatch`` is the only
 place that reaches around it; it is known to be right for the versions in ``KNOWN_VERSIONS``. One function of the
-engine is replaced where it is broken (``_mend_expansion``). Nothing else in the package imports vLLM.
+engine is replaced where it is broken (``_mend_expansion``), and embeddings are read from the table itself
+(``_embedding_table``). Nothing else in the package imports vLLM.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 import vllm
 from torch import Tensor, nn
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.v1.sample import rejection_sampler
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.sample.sampler import Sampler
@@ -133,6 +135,29 @@ def _mend_expansion(device: torch.device) -> None:
         rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
 
 
+def _embedding_table(model: nn.Module, hidden_size: int) -> nn.Module:
+    """Return the module that gives the rows of a model's token embeddings as they are stored.
+
+    The drafter is trained on these rows; ``embed_input_ids`` multiplies them for Gemma and MiniCPM.
+
+    Args:
+        model: as vLLM builds it.
+        hidden_size: width of the rows; other tables (Gemma 3n has one for its layers) have other widths.
+
+    Raises:
+        ModelError: there is no such table, or more than one.
+    """
+    tables = [module for module in model.modules() if isinstance(module, VocabParallelEmbedding)]
+    found = [table for table in tables if not isinstance(table, ParallelLMHead) and table.embedding_dim == hidden_size]
+    if len(found) != 1:
+        raise ModelError(
+            f"{type(model).__name__} of vLLM {vllm.__version__} has {len(found)} tables of token embeddings of width "
+            f"{hidden_size}: expected one, whose rows the drafter reads; serve this model without the drafter"
+        )
+    table: nn.Module = found[0]
+    return table
+
+
 class _Texts:
     """Repeats of the engine's rows; an index grows with its row, and a row that holds another text gets a new one."""
 
@@ -196,7 +221,7 @@ class RecurrentDraftingProposer:
         nn.Module.to(drafter, device=device, dtype=self._dtype)
         drafter.train(False)
         self._drafter = drafter
-        self._embed = target_model.embed_input_ids
+        self._embed = _embedding_table(target_model, drafter.config.hidden_size)
         self._watch.attach(target_model)
         _mend_expansion(device)
 

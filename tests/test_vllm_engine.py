@@ -1,4 +1,4 @@
-"""The proposer in the real vLLM engine, on a tiny Llama and a drafter trained on its texts; needs vLLM.
+"""The proposer in the real vLLM engine, on a tiny Llama or Gemma and a drafter trained on its texts; needs vLLM.
 
 What the engine writes is compared with transformers' greedy text, what it accepts with the drafter's chains along
 that text. Both models are float32: one step of an engine is some milliseconds, starting one some seconds.
@@ -16,7 +16,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from recurrent_drafting import BeamConfig, Drafter, RecurrentDraftingConfig, Verifier, beam_search, distillation
 from recurrent_drafting.distillation import Request
@@ -35,9 +35,10 @@ pytestmark = pytest.mark.slow
 class Tiny:
     """A base, a drafter that predicts some of its text, and what is to be expected of them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, family: str = "llama") -> None:
         torch.manual_seed(0)
-        config = LlamaConfig(
+        config = AutoConfig.for_model(
+            family,
             vocab_size=VOCAB,
             hidden_size=HIDDEN,
             intermediate_size=96,
@@ -51,12 +52,13 @@ class Tiny:
             initializer_range=0.3,
             tie_word_embeddings=False,
         )
-        self.model = LlamaForCausalLM(config).eval()
+        self.model = AutoModelForCausalLM.from_config(config).eval()
         with torch.no_grad():
             # The last token decides most of what follows, which a drafter can learn in seconds.
+            share = 0.12 if family == "gemma" else 0.03  # Gemma multiplies its embeddings
             for layer in self.model.model.layers:
-                layer.self_attn.o_proj.weight.mul_(0.03)
-                layer.mlp.down_proj.weight.mul_(0.03)
+                layer.self_attn.o_proj.weight.mul_(share)
+                layer.mlp.down_proj.weight.mul_(share)
         self.base, self.speculator = str(folder / "base"), str(folder / "drafter")
         self.model.save_pretrained(self.base)
         self.save_tokenizer()
@@ -75,7 +77,7 @@ class Tiny:
         states, steps = self.states(texts), texts.shape[1] - LENGTH - 1
         contexts = states[:, :steps].reshape(-1, HIDDEN)
         windows = texts[:, 1:].unfold(1, LENGTH + 1, 1)[:, :steps].reshape(-1, LENGTH + 1)
-        embeddings = self.model.get_input_embeddings()(windows[:, :LENGTH]).detach()
+        embeddings = self.embed(windows[:, :LENGTH]).detach()
         drafter = Drafter(RecurrentDraftingConfig(hidden_size=HIDDEN, vocab_size=VOCAB, num_draft_layers=1))
         optimizer = torch.optim.Adam(drafter.parameters(), lr=1e-2)
         for _ in range(150):
@@ -86,6 +88,10 @@ class Tiny:
             loss.backward()
             optimizer.step()
         return drafter.eval()
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Return rows of the embeddings, without the factor that Gemma applies to them."""
+        return nn.functional.embedding(tokens, self.model.get_input_embeddings().weight)
 
     @torch.no_grad()
     def states(self, texts: Tensor) -> Tensor:
@@ -114,9 +120,7 @@ class Tiny:
         steps, accepted, written = 0, 0, 1
         while written < new_tokens:
             context, root = states[len(prompt) + written - 2], torch.tensor([text[written - 1]])
-            beams = beam_search.draft(
-                self.drafter, context[None], root, self.model.get_input_embeddings(), BeamConfig(1, LENGTH)
-            )
+            beams = beam_search.draft(self.drafter, context[None], root, self.embed, BeamConfig(1, LENGTH))
             chain, truth = beams.tokens[0, :, 0].tolist(), text[written : written + LENGTH]
             hits = [a == b for a, b in zip(chain, truth, strict=True)]
             matched = hits.index(False) if False in hits else LENGTH
@@ -204,21 +208,32 @@ def crowded(tiny: Tiny) -> Iterator[Engine]:
         )
 
 
-@pytest.mark.parametrize("together", [False, True])
-def test_it_writes_the_bases_text_and_accepts_what_the_chains_say(tiny: Tiny, roomy: Engine, together: bool) -> None:
+def check_text_and_chains(tiny: Tiny, engine: Engine, *, together: bool) -> None:
+    """Compare what an engine writes with the base's text, and what it accepts with the drafter's chains."""
     asked, lengths = prompts(8, seed=1), [40, 33, 21, 1, 2, 37, 40, 11]
-    roomy.counted()
+    engine.counted()
     if together:
-        written = tokens(roomy.write(asked, lengths))
+        written = tokens(engine.write(asked, lengths))
     else:
-        written = [tokens(roomy.write([ids], [n]))[0] for ids, n in zip(asked, lengths, strict=True)]
+        written = [tokens(engine.write([ids], [n]))[0] for ids, n in zip(asked, lengths, strict=True)]
     assert written == [tiny.text(ids, n) for ids, n in zip(asked, lengths, strict=True)]
     steps, accepted = (sum(part) for part in zip(*map(tiny.accepted, asked, lengths), strict=True))
-    counted = roomy.counted()
+    counted = engine.counted()
     assert counted["spec_decode_num_drafts"] == steps
     assert counted["spec_decode_num_draft_tokens"] == LENGTH * steps
     assert counted["spec_decode_num_accepted_tokens"] == accepted
     assert 0.3 < accepted / steps < LENGTH - 0.3, "neither none nor all"
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_it_writes_the_bases_text_and_accepts_what_the_chains_say(tiny: Tiny, roomy: Engine, together: bool) -> None:
+    check_text_and_chains(tiny, roomy, together=together)
+
+
+def test_a_base_that_multiplies_its_embeddings(tmp_path: Path) -> None:
+    tiny = Tiny(tmp_path, "gemma")
+    with in_this_process():
+        check_text_and_chains(tiny, Engine(tiny, max_num_seqs=8, num_gpu_blocks_override=200), together=True)
 
 
 def test_a_cached_prefix(tiny: Tiny, roomy: Engine) -> None:

@@ -19,6 +19,8 @@ from recurrent_drafting.errors import ModelError, UsageError
 from tests.tiny import make_drafter, make_verifier
 
 pytest.importorskip("vllm")
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
 from recurrent_drafting import vllm_proposer
 from recurrent_drafting.vllm_proposer import RecurrentDraftingProposer, RejectionSampler, Sampler, rejection_sampler
 
@@ -26,16 +28,37 @@ LENGTH, MAX_MODEL_LEN = 3, 64
 VERIFIER = make_verifier("llama")
 
 
+class Table(VocabParallelEmbedding):
+    """A table of embeddings without an engine's processes: the verifier's own rows, or a second table."""
+
+    def __init__(self, embedding_dim: int) -> None:
+        nn.Module.__init__(self)
+        self.embedding_dim = embedding_dim
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return VERIFIER.embed(ids)
+
+
+class Head(ParallelLMHead):
+    """A head of the embeddings' size, which is a table by its class."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.embedding_dim = VERIFIER.hidden_size
+
+
 class Target(nn.Module):
-    """A target as vLLM builds it: embeddings by method, logits from hidden rows."""
+    """A target as vLLM builds Gemma: a factor on the embeddings, logits from hidden rows."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.table, self.tied = [Table(VERIFIER.hidden_size)] * 2
+        self.per_layer, self.lm_head = Table(VERIFIER.hidden_size + 1), Head()
         self.weight = nn.Parameter(torch.zeros(1, dtype=torch.float16))  # as of a quantised target
         self.config = SimpleNamespace(hidden_size=VERIFIER.hidden_size, vocab_size=VERIFIER.vocab_size)
 
     def embed_input_ids(self, ids: Tensor) -> Tensor:
-        return VERIFIER.embed(ids)
+        return VERIFIER.embed(ids) * 7.0
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         return hidden
@@ -192,6 +215,15 @@ def test_a_drafter_of_another_size_and_an_unknown_vllm_are_refused(
     monkeypatch.setattr(vllm_proposer, "KNOWN_VERSIONS", ("9.9",))
     with pytest.raises(ModelError, match=r"not known to work.*9\.9\.x"):
         RecurrentDraftingProposer(config(speculator_path=str(tmp_path))).load_model(Target())
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_target_without_one_table_of_embeddings_is_refused(drafter: Drafter, tmp_path: Path, count: int) -> None:
+    target = Target()
+    target.table = Table(drafter.config.hidden_size) if count else nn.Identity()
+    target.tied = Table(drafter.config.hidden_size) if count else nn.Identity()
+    with pytest.raises(ModelError, match=f"Target of vLLM .* has {count} tables of token embeddings of width"):
+        RecurrentDraftingProposer(config(speculator_path=str(tmp_path))).load_model(target)
 
 
 def test_a_value_of_each_request_is_repeated_for_each_of_its_drafts() -> None:
