@@ -127,13 +127,15 @@ def _add_models(parser: cli.ArgumentParser) -> None:
         "--lookup_length",
         type=int,
         metavar="N",
-        help="tokens copied from the text's own past where it repeats; 0 = none (default: the drafter's own)",
+        help="tokens copied from the text's own past where it repeats; 0 = none (default: the drafter's own); "
+        "copies take nodes of the tree, which has at most beam_width x beam_length + 1",
     )
     beam.add_argument(
         "--max_tree_nodes",
         type=_tree_nodes,
         metavar="auto|N",
-        help=f"nodes verified per step, root included; {AUTO} follows the measured latency curve (default: {AUTO})",
+        help="nodes verified per step, root included, at most beam_width x beam_length + 1; "
+        f"{AUTO} follows the measured latency curve (default: {AUTO})",
     )
 
 
