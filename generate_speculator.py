@@ -115,7 +115,7 @@ def _add_models(parser: cli.ArgumentParser) -> None:
     group.add_argument("--revision", help="hub revision of the base")
     group.add_argument("--trust_remote_code", action="store_true", help="run the base's own code")
     group.add_argument("--allow_base_mismatch", action="store_true", help="use a drafter of another base")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--dtype", default="auto", help="auto, fp32, bf16, fp16 or fp64")
     group.add_argument("--compile", action="store_true", help="compile the base (torch.compile); first steps take long")
     group.add_argument("--num_threads", type=int, help="threads (default: torch's own choice)")

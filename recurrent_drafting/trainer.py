@@ -93,7 +93,7 @@ class TrainingArguments(transformers.TrainingArguments):
             self.report_to = trackers
         tracking.require_installed(trackers)
         self.run_name = self.wandb_run_name or self.run_name
-        if not torch.cuda.is_available() and not torch.backends.mps.is_available():
+        if not torch.cuda.is_available():  # where the base goes; the base class would take an Apple GPU
             self.use_cpu = True
         distributed.begin(self)
         try:

@@ -95,7 +95,7 @@ class Verifier:
         Args:
             name_or_path: where the model is.
             dtype: auto, fp32, bf16, fp16 or fp64; auto is bf16 where the device computes in it.
-            device: auto, cpu, cuda, cuda:N, mps ...
+            device: auto, cpu, cuda or cuda:N.
             revision: hub revision.
             trust_remote_code: allow the model's own Python code to run.
 
@@ -534,11 +534,14 @@ def resolve_device(name: str) -> torch.device:
     """Turn a device flag into a device of this machine.
 
     Raises:
-        UsageError: there is no such device; those that exist are named.
+        UsageError: there is no such device, or it has no float64; those that can be used are named.
     """
     present = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if torch.backends.mps.is_available():
-        present.append("mps")
+    if name.partition(":")[0] == "mps":
+        raise UsageError(
+            f"device {name!r} cannot be used: sampling draws its noise in float64, which Apple's GPUs do not have; "
+            f"expected one of auto, {', '.join(present)}"
+        )
     if name == "auto":
         return torch.device(present[1] if len(present) > 1 else "cpu")
     if (name != "cuda" and name not in present) or (name == "cuda" and "cuda:0" not in present):
@@ -550,14 +553,12 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """Turn a dtype flag into a torch dtype; auto is bf16 only where the device computes in it.
 
     Raises:
-        UsageError: unknown, or not usable on the device.
+        UsageError: unknown.
     """
     if name == "auto":
         return torch.bfloat16 if _computes_bf16(device) else torch.float32
     if name not in _DTYPES:
         raise UsageError(f"dtype {name!r} is unknown: expected one of auto, {', '.join(_DTYPES)}")
-    if name == "fp64" and device.type == "mps":
-        raise UsageError("dtype fp64 is not on device mps: expected one of auto, fp32, bf16, fp16, or device cpu")
     return _DTYPES[name]
 
 

@@ -791,3 +791,11 @@ def test_the_defaults_that_training_rests_on(tmp_path: Path) -> None:
 def test_arguments_out_of_range_are_usage_errors(tmp_path: Path, settings: dict[str, Any], expected: str) -> None:
     with pytest.raises(UsageError, match=expected):
         TrainingArguments(output_dir=str(tmp_path), **settings)
+
+
+def test_an_apple_gpu_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base is on the CPU there (``verifier.resolve_device``), so the drafter has to be."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    args = arguments(tmp_path)
+    assert (args.use_cpu, args.device) == (True, torch.device("cpu"))

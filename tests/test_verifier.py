@@ -365,14 +365,21 @@ def test_devices_by_name() -> None:
     assert resolve_device(str(resolve_device("auto"))) == resolve_device("auto")
 
 
+def test_an_apple_gpu_is_not_taken_and_not_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert resolve_device("auto") == torch.device("cpu")
+    for name in ("mps", "mps:0"):
+        with pytest.raises(UsageError, match=r"noise in float64.*expected one of auto, cpu$"):
+            resolve_device(name)
+
+
 def test_dtypes_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, mps = torch.device("cpu"), torch.device("mps")
+    cpu, other = torch.device("cpu"), torch.device("xpu")
     named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
     assert {name: resolve_dtype(name, cpu) for name in named} == named
-    with pytest.raises(UsageError, match="fp64 is not on device mps"):
-        resolve_dtype("fp64", mps)
     for capable, expected in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda capable=capable: capable)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
         assert resolve_dtype("auto", cpu) == expected
-        assert resolve_dtype("auto", mps) == torch.float32
+        assert resolve_dtype("auto", other) == torch.float32

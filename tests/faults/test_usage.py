@@ -199,6 +199,7 @@ def test_modes_of_training(models: Models, chats: str, argv: list[str], named: s
         ("--device", "abacus", "expected one of auto, cpu"),
         ("--device", "cuda:99", "expected one of auto, cpu"),
         ("--device", "", "expected one of auto, cpu"),
+        ("--device", "mps", "noise in float64, which Apple's GPUs do not have; expected one of auto, cpu"),
         ("--dtype", "int3", "expected one of auto, fp32, bf16, fp16, fp64"),
         ("--dtype", "float32", "expected one of auto, fp32, bf16, fp16, fp64"),
     ],
