@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import train_speculator
-from recurrent_drafting import AutoregressiveDecoder, GenerationOutput, distillation
+from recurrent_drafting import AutoregressiveDecoder, GenerationOutput, distillation, estimate
 from recurrent_drafting.distillation import Request, TransformersEngine
 from tests.faults.common import Capture, refused, train_argv
 from tests.text_models import TEMPLATE, load_verifier, save_base
@@ -89,13 +89,25 @@ SYSTEM = ("system", "be kind")
 
 
 def test_a_conversation_that_the_template_refuses_is_named_before_a_reply_is_written(
-    strict_base: str, short_replies: list[list[int]], capsys: Capture
+    strict_base: str, short_replies: list[list[int]], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     """Those without a system turn would be answered a turn earlier."""
-    rows = save(*[talk("first", "second")] * 3, [SYSTEM, *talk("first")], *[talk("first")] * 3)
-    for mode in ([], ["--dry_run"]):
-        refused(train_speculator.main, argv(strict_base, rows, *mode), 3, capsys, "system, user", "--skip_bad_rows")
+    rows = save(*[talk("first", "second")] * 2, [SYSTEM, *talk("first")], *[talk("first")] * 4)
+    named = ("system, user", "--skip_bad_rows")
+    refused(train_speculator.main, argv(strict_base, rows, "--dry_run"), 3, capsys, *named)
+    monkeypatch.setattr(estimate, "_SAMPLE", 2)  # which the estimate does not look at
+    refused(train_speculator.main, argv(strict_base, rows), 3, capsys, *named)
     assert short_replies == []
+
+
+def test_questions_in_a_row_are_asked_one_after_the_other(
+    strict_base: str, short_replies: list[list[int]], capsys: Capture
+) -> None:
+    """As prompt files have them; each is behind the reply to the one before."""
+    Path("questions.jsonl").write_text((json.dumps({"turns": ["first", "second"]}) + "\n") * 4)
+    assert run(strict_base, "questions.jsonl") == 0
+    assert "data: 8 replies written, left out none" in capsys.readouterr().out
+    assert len(short_replies) == 8
 
 
 def test_refused_conversations_are_skipped_on_request_and_counted(
