@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 import generate_speculator
 import train_speculator
-from recurrent_drafting import Verifier
+from recurrent_drafting import Verifier, assets
 from recurrent_drafting.draft_tree import DraftTree
+from recurrent_drafting.tree_budget import LatencyCurve
 from recurrent_drafting.verifier import VerifierOutput
 from tests.faults.common import Capture, Models, generate, generate_argv, refused, train_argv
 from tests.text_models import make_tokenizer, save_drafter
@@ -82,8 +83,16 @@ def broken_drafter(models: Models, name: str, rows: slice) -> Models:
     ids=["greedy", "noise", "few", "auto"],
 )
 def test_a_drafter_that_is_not_finite_proposes_nothing(
-    models: Models, name: str, more: list[str], caplog: pytest.LogCaptureFixture, capsys: Capture
+    models: Models,
+    name: str,
+    more: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: Capture,
 ) -> None:
+    # With "auto" drafting must pay, on a busy machine too.
+    monkeypatch.setattr(LatencyCurve, "measure", lambda *_, **__: LatencyCurve((1, 64), (1.0, 1.0)))
+    monkeypatch.setenv(assets.CACHE_VARIABLE, "cache")
     argv = ["--prompt", "hello", "--base_model", models.base, "--max_generation_length", "24", *more]
     assert generate(models, *argv, "--autoregressive") == 0
     expected = capsys.readouterr().out
