@@ -230,12 +230,6 @@ def test_it_writes_the_bases_text_and_accepts_what_the_chains_say(tiny: Tiny, ro
     check_text_and_chains(tiny, roomy, together=together)
 
 
-def test_a_base_that_multiplies_its_embeddings(tmp_path: Path) -> None:
-    tiny = Tiny(tmp_path, "gemma")
-    with in_this_process():
-        check_text_and_chains(tiny, Engine(tiny, max_num_seqs=8, num_gpu_blocks_override=200), together=True)
-
-
 def test_a_cached_prefix(tiny: Tiny, roomy: Engine) -> None:
     # Of the longer ones a single token is left to read, which vLLM schedules with drafts that do not exist.
     shared = prompts(1, seed=5, length=2 * BLOCK)[0]
@@ -344,3 +338,10 @@ def test_the_data_engine_writes_what_transformers_write(tiny: Tiny) -> None:
         assert float(scores[other[split]] - scores[row[split]]) < 0.03 * float(scores.max() - scores.min())
     assert sum(row == other for row, other in zip(rows, expected, strict=False)) >= len(greedy) / 2
     assert all(all(token != EOS for token in row[:-1]) and 1 <= len(row) <= 40 for row in rows)
+
+
+def test_a_base_that_multiplies_its_embeddings(tmp_path: Path) -> None:
+    # The last test: the engines that others share do not outlive the end of this one.
+    tiny = Tiny(tmp_path, "gemma")
+    with in_this_process():
+        check_text_and_chains(tiny, Engine(tiny, max_num_seqs=8, num_gpu_blocks_override=200), together=True)
