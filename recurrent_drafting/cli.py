@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from recurrent_drafting import memory
-from recurrent_drafting.errors import RecurrentDraftingError, ResourceError, UsageError
+from recurrent_drafting.errors import DISK_FULL, RecurrentDraftingError, ResourceError, UsageError
 
 _INTERRUPTED = 130
 _PLACES = "name a writable place in HOME, HF_HOME, TMPDIR or RECURRENT_DRAFTING_CACHE"
@@ -97,7 +97,7 @@ def run(body: Callable[[], int], debug: bool) -> int:
 def _shortage(error: Exception) -> str | None:
     """Say what the machine has run out of, or None if the error is something else."""
     if isinstance(error, OSError):
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in DISK_FULL:
             return f"{error.strerror}: {error.filename}; free space and run again"
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return f"{error.strerror}: {error.filename}; {_PLACES}"

@@ -6,6 +6,11 @@ in one line. Scripts print that line on stderr and leave with ``exit_code``.
 
 from __future__ import annotations
 
+import errno
+
+# What the system says where no more can be written: no space, a quota, a limit of file sizes; and as Rust writes it.
+DISK_FULL = {errno.ENOSPC: "os error 28", errno.EDQUOT: "os error 122", errno.EFBIG: "os error 27"}
+
 
 class RecurrentDraftingError(Exception):
     """Root of every error that the package raises on purpose."""

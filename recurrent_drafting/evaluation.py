@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
@@ -31,7 +30,7 @@ from recurrent_drafting.decoding import (
 )
 from recurrent_drafting.detokenizer import BROKEN, StopStrings, decode, token_texts
 from recurrent_drafting.drafter import Drafter
-from recurrent_drafting.errors import DataError, ResourceError, UsageError
+from recurrent_drafting.errors import DISK_FULL, DataError, ResourceError, UsageError
 from recurrent_drafting.evaluation_log import EvaluationLog
 from recurrent_drafting.latency_cache import latency_table, processor
 from recurrent_drafting.lossless import LosslessReport
@@ -697,8 +696,7 @@ def write_text(text: str, path: Path) -> None:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        kind = ResourceError if full else UsageError
+        kind = ResourceError if error.errno in DISK_FULL else UsageError
         raise kind(f"{path} cannot be written: {error.strerror}; name another file") from error
 
 

@@ -6,7 +6,6 @@ whole: a file that is missing, cut or changed breaks it, and the directory count
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -21,14 +20,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from recurrent_drafting.errors import ModelError, ResourceError
+from recurrent_drafting.errors import DISK_FULL, ModelError, ResourceError
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 PARTIAL = ".partial"
 _OWN = "manifest_sha256"
 _MOST_JSON_BYTES = 64 * 1024 * 1024
-_FULL = {errno.ENOSPC: "os error 28", errno.EDQUOT: "os error 122", errno.EFBIG: "os error 27"}
 
 
 @contextmanager
@@ -236,9 +234,11 @@ def _tidy(directory: Path) -> None:
 def _is_full(error: Exception) -> bool:
     """Tell whether a write failed for want of space; torch and safetensors have no error class for it."""
     if isinstance(error, OSError):
-        return error.errno in _FULL
+        return error.errno in DISK_FULL
     text = str(error)
-    return "inline_container" in text or "PytorchStreamWriter" in text or any(code in text for code in _FULL.values())
+    return (
+        "inline_container" in text or "PytorchStreamWriter" in text or any(code in text for code in DISK_FULL.values())
+    )
 
 
 def _seal(partial: Path, record: Mapping[str, Any]) -> None:

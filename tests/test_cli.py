@@ -88,8 +88,9 @@ def exhaust_memory() -> NoReturn:
         (raising(MemoryError()), 5, "out of memory"),
         (exhaust_memory, 5, "memory"),
         (raising(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/model.safetensors")), 5, "No space left"),
+        (raising(OSError(errno.EFBIG, os.strerror(errno.EFBIG), "out/report.html")), 5, "File too large"),
     ],
-    ids=["interrupt", "memory", "torch-memory", "disk"],
+    ids=["interrupt", "memory", "torch-memory", "disk", "limit"],
 )
 def test_what_the_machine_ends_has_a_code_too(
     body: Callable[[], int], code: int, line: str, capsys: pytest.CaptureFixture[str]
