@@ -166,7 +166,10 @@ def _counters(address: str) -> dict[str, float]:
     prefix = "vllm:spec_decode_num_"
     with urllib.request.urlopen(address, timeout=30) as response:
         lines = [line for line in response.read().decode().splitlines() if line.startswith(prefix)]
-    found = (line.removeprefix(prefix).split("_total{") for line in lines if "_total{" in line)
+    # One line each, but for acceptance by position.
+    found = (
+        line.removeprefix(prefix).split("_total{") for line in lines if "_total{" in line and "per_pos" not in line
+    )
     return {name: float(rest.split()[-1]) for name, rest in found}
 
 
