@@ -89,10 +89,13 @@ class EvaluationLog:
         lines = []
         for number, line in enumerate(whole.splitlines(), 1):
             try:
-                lines.append(json.loads(line))
+                found = json.loads(line)
             except ValueError as error:
                 raise self._foreign(f"line {number} is no JSON: {error}") from error
-        if lines and not (isinstance(lines[0], dict) and "identity" in lines[0]):
+            if not isinstance(found, dict):
+                raise self._foreign(f"line {number} is no JSON object")
+            lines.append(found)
+        if lines and "identity" not in lines[0]:
             raise self._foreign("its first line names no run")
         return lines
 

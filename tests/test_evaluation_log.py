@@ -193,7 +193,8 @@ def test_tree_sizes_follow_the_curves_of_the_first_session(
     [
         (b'{"summary": {}}\n', "its first line names no run"),
         (b"no json\n", "line 1 is no JSON"),
-        (b"[1]\n", "names no"),
+        (b'{"identity": {}}\n5\n', "line 2 is no JSON object"),
+        (b"[1]\n", "line 1 is no JSON object"),
     ],
 )
 def test_files_of_another_kind_are_refused_and_kept(tmp_path: Path, content: bytes, expected: str) -> None:
