@@ -13,7 +13,7 @@ Everything else, and any difference in float64, is a structural difference: a bu
 
 from __future__ import annotations
 
-import copy
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -22,12 +22,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from recurrent_drafting import memory
 from recurrent_drafting.config import SamplingConfig
 from recurrent_drafting.decoding import AutoregressiveDecoder, SpeculativeDecoder, StopFunction
 from recurrent_drafting.errors import NumericsError, ResourceError
 from recurrent_drafting.sampling import Sampler
 from recurrent_drafting.verifier import Verifier
+
+logger = logging.getLogger(__name__)
 
 _RERUN_BATCH = 8
 
@@ -134,10 +135,12 @@ def audit(decoder: SpeculativeDecoder, pairs: Sequence[Pair], settings: Settings
     if not differing:
         return report
     exact = decoder.verifier.dtype == torch.float64
-    if not exact and not _has_room(decoder.verifier):
+    try:
+        same_in_float64 = [False] * len(differing) if exact else _rerun(decoder, differing, settings)
+    except ResourceError as error:
+        logger.warning("the audit stops: %s", error)
         report.unaudited = len(differing)
         return report
-    same_in_float64 = [False] * len(differing) if exact else _rerun(decoder, differing, settings)
     judged = zip(differing, same_in_float64, strict=True)
     for found, same in tqdm(judged, total=len(differing), desc="audit: rounding", unit="text"):
         pair = _uncut(decoder, found, settings) if settings.stop else found
@@ -175,17 +178,12 @@ def judge(report: LosslessReport, verifier: Verifier, pair: Pair, settings: Sett
     )
 
 
-def _has_room(verifier: Verifier) -> bool:
-    """Tell whether a copy of the base in float64 fits into memory beside it."""
-    free = memory.free_bytes()
-    return free is None or memory.bytes_of(verifier.model, torch.float64) <= free
-
-
 def _rerun(decoder: SpeculativeDecoder, pairs: Sequence[Pair], settings: Settings) -> list[bool]:
     """Tell for each pair whether both decoders agree in float64."""
-    model = copy.deepcopy(decoder.verifier.model).to(torch.float64)
-    verifier = Verifier(model, decoder.verifier.name_or_path)
-    exact = SpeculativeDecoder(verifier, decoder.drafter, decoder.beam, latency=decoder.latency)
+    verifier = decoder.verifier.converted(torch.float64)
+    exact = SpeculativeDecoder(
+        verifier, decoder.drafter, decoder.beam, latency=decoder.latency, allow_base_mismatch=True
+    )
     same = []
     for start in tqdm(range(0, len(pairs), _RERUN_BATCH), desc="audit: float64", unit="batch"):
         plain, drafted = _texts(exact, pairs[start : start + _RERUN_BATCH], settings)

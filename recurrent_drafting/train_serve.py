@@ -13,18 +13,16 @@ again in float64, and only what differs there as well is an error.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from recurrent_drafting import memory
 from recurrent_drafting.config import BeamConfig
 from recurrent_drafting.data import Collator, EncodedRow
 from recurrent_drafting.decoding import SpeculativeDecoder
 from recurrent_drafting.drafter import Drafter
-from recurrent_drafting.errors import DataError, NumericsError, ResourceError
+from recurrent_drafting.errors import DataError, NumericsError
 from recurrent_drafting.metrics import DecodingStats
 from recurrent_drafting.tracking import Table
 from recurrent_drafting.trainer import simulate
@@ -86,7 +84,7 @@ def compare(
     if not prompts:
         raise DataError("train equals serve: expected an evaluation row with a prompt before its reply, got none")
     if verifier.dtype not in (torch.float32, torch.float64):
-        verifier = _converted(verifier, torch.float32)
+        verifier = verifier.converted(torch.float32)
     decoder = SpeculativeDecoder(verifier, drafter, beam, allow_base_mismatch=True)
     report = TrainServeReport(str(verifier.dtype).removeprefix("torch."))
     differing: list[list[int]] = []
@@ -98,7 +96,7 @@ def compare(
         raise _difference(report, len(differing))
     if differing:
         # Raises unless all of them agree there.
-        compare(_converted(verifier, torch.float64), drafter, differing, beam, max_new_tokens)
+        compare(verifier.converted(torch.float64), drafter, differing, beam, max_new_tokens)
         report.near_ties = len(differing)
     return report
 
@@ -125,17 +123,6 @@ def evaluation_table(metrics: dict[str, float], report: TrainServeReport) -> Tab
         if f"eval_loss_depth_{depth}" in metrics
     ]
     return Table("evaluation", ("depth", "loss", *names, "served acceptance"), rows)
-
-
-def _converted(verifier: Verifier, dtype: torch.dtype) -> Verifier:
-    """Return a copy of the base in another dtype, if there is room for it."""
-    wanted, free = memory.bytes_of(verifier.model, dtype), memory.free_bytes()
-    if free is not None and wanted > free:
-        raise ResourceError(
-            f"a copy of {verifier.name_or_path} in {dtype} needs {wanted} bytes, {free} are "
-            "free; compare on a machine with more memory, or leave it out with --serve_check_prompts 0"
-        )
-    return Verifier(copy.deepcopy(verifier.model).to(dtype), verifier.name_or_path, verifier.fingerprint)
 
 
 def _steps(

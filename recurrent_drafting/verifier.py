@@ -7,6 +7,7 @@ of that is not assumed from its name: it is probed once, on a few tokens, when i
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import math
@@ -112,6 +113,20 @@ class Verifier:
         nn.Module.to(model, place)
         model.requires_grad_(False)
         return cls(model, name_or_path=name_or_path, fingerprint=_fingerprint(source, revision))
+
+    def converted(self, dtype: torch.dtype) -> Verifier:
+        """Return a copy of the base in another dtype.
+
+        Raises:
+            ResourceError: there is no room for it beside this one.
+        """
+        wanted, free = memory.bytes_of(self.model, dtype), memory.free_bytes()
+        if free is not None and wanted > free:
+            raise ResourceError(
+                f"a copy of {self.name_or_path} in {dtype} needs {wanted} bytes, {free} are "
+                "free; run it on a machine with more memory"
+            )
+        return Verifier(copy.deepcopy(self.model).to(dtype), self.name_or_path, self.fingerprint)
 
     def compile(self) -> None:
         """Compile the base's forward (torch.compile) for changing lengths and tree sizes."""
