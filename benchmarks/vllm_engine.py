@@ -2,7 +2,9 @@
 """The drafter in the real vLLM engine: text, acceptance and tokens per second against vLLM without it.
 
 Engines of one process take turns on the same prompts: plain vLLM, vLLM's n-gram method, this drafter without and with
-prompt lookup. Counters of drafts are those of the last one.
+prompt lookup. Counters of drafts are those of the last one. Greedy texts that differ from plain vLLM's are judged: both
+picks must lie within the base's own rounding where the texts part. That the texts are equal without rounding is for a
+run with ``--dtype fp32`` to show.
 Needs vLLM (``pip install -e ".[vllm]"``).
 
 Example:
@@ -20,7 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recurrent_drafting import assets, cli, data, evaluation
+from recurrent_drafting import Verifier, assets, cli, data, evaluation
+from recurrent_drafting.config import SamplingConfig
+from recurrent_drafting.lossless import LosslessReport, Pair, Settings, judge
 
 PROPOSER = "recurrent_drafting.vllm_proposer.RecurrentDraftingProposer"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -67,7 +71,7 @@ def make_engines(args: argparse.Namespace) -> dict[str, Run]:
     }
     path = str(assets.model_directory(args.base_model)) if assets.is_asset(args.base_model) else args.base_model
     options = {
-        "dtype": DTYPES.get(args.dtype, args.dtype),
+        "dtype": DTYPES[args.dtype],
         "max_model_len": 1024,
         "max_num_seqs": args.concurrency,
         "enforce_eager": True,
@@ -103,13 +107,32 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         names = list(runs)
         for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
             runs[name].go(prompts, parameters)
-    return _record(args, runs, before)
+    return _record(args, runs, before, rendered)
 
 
-def _record(args: argparse.Namespace, runs: dict[str, Run], before: dict[str, Any]) -> dict[str, Any]:
+def near_ties(args: argparse.Namespace, prompts: list[list[int]], runs: dict[str, Run]) -> dict[str, int]:
+    """Count for each engine the texts that part from plain vLLM's within the base's own rounding."""
+    if args.temperature or "plain" not in runs:
+        return {}
+    verifier = Verifier.from_pretrained(args.base_model, dtype=args.dtype)
+    settings = Settings(SamplingConfig(), args.new_tokens, verifier.eos_token_ids)
+    counts = {}
+    for name, run in runs.items():
+        report = LosslessReport()
+        for index, (plain, text) in enumerate(zip(runs["plain"].texts, run.texts, strict=True)):
+            if plain != text:
+                judge(report, verifier, Pair(prompts[index], index, plain, text), settings, same_in_float64=True)
+        counts[name] = report.near_ties
+    return counts
+
+
+def _record(
+    args: argparse.Namespace, runs: dict[str, Run], before: dict[str, Any], prompts: list[list[int]]
+) -> dict[str, Any]:
     import vllm
 
     plain = runs["plain"].texts if "plain" in runs else None
+    ties = near_ties(args, prompts, runs)
     engines, last = {}, list(runs)[-1]
     now = runs[last].drafted()
     counts = {key: _difference(now[key], before.get(key)) for key in now}
@@ -120,6 +143,7 @@ def _record(args: argparse.Namespace, runs: dict[str, Run], before: dict[str, An
             "seconds": run.seconds,
             "tokens_per_second": tokens / statistics.median(run.seconds),
             "identical_to_plain": None if plain is None else sum(a == b for a, b in zip(run.texts, plain, strict=True)),
+            "near_ties": ties.get(name),
             "drafts": counts if name == last else None,
         }
     names = ("dtype", "prompts", "new_tokens", "concurrency", "rounds", "drafts", "temperature", "seed")
@@ -145,7 +169,7 @@ def main() -> int:
     parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("--base_model", default=assets.DEFAULT_BASE)
     parser.add_argument("--speculator_path", required=True)
-    parser.add_argument("--dtype", default="fp32")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--prompts", type=int, default=80)
     parser.add_argument("--new_tokens", type=int, default=128)
     parser.add_argument("--concurrency", type=int, default=32)
@@ -160,7 +184,7 @@ def main() -> int:
     for name, engine in record["engines"].items():
         print(
             f"{name}: {engine['tokens_per_second']:.1f} tok/s, identical to plain "
-            f"{engine['identical_to_plain']}/{args.prompts}, drafts {engine['drafts']}"
+            f"{engine['identical_to_plain']}/{args.prompts}, near-ties {engine['near_ties']}, drafts {engine['drafts']}"
         )
     if args.output:
         evaluation.write_json(record, args.output)
