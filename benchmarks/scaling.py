@@ -2,8 +2,9 @@
 """How does tau grow with data and compute? The recipe on 1/16, 1/8, ... of the packaged data, tau by real decode.
 
 Each size is a run of train_speculator.py of its own, with the whole learning rate schedule, over the same number of
-epochs; so data and compute double together. Nothing is chosen here, so the prompts are MT-Bench's. A size that has its
-file in the output directory is skipped, so a run goes on where it stopped.
+epochs; so data and compute double together. ``--trained`` adds a drafter that has seen all rows, over the epochs that
+its trainer_state.json names. Nothing is chosen here, so the prompts are MT-Bench's. A size that has its file in the
+output directory is skipped, so a run goes on where it stopped.
 
 Example:
   python benchmarks/scaling.py --hidden_state_cache DIR --output_dir benchmarks/results/scaling
@@ -26,9 +27,15 @@ from recurrent_drafting import Verifier, cli, data, distillation, evaluation, pl
 from recurrent_drafting.assets import DEFAULT_BASE
 
 
+def row_path(args: argparse.Namespace, rows: int, epochs: float) -> Path:
+    """Return the file of one size."""
+    directory: Path = args.output_dir
+    return directory / f"epochs-{epochs:g}-rows-{rows:06d}.json"
+
+
 def measure(args: argparse.Namespace, rows: int, verifier: Verifier, prompts: list[list[int]]) -> Path:
     """Train on so many rows and decode; return the file."""
-    path: Path = args.output_dir / f"rows-{rows:06d}.json"
+    path = row_path(args, rows, args.epochs)
     if path.exists():
         return path
     recipe = make_recipe(args, f"--num_train_epochs {args.epochs:g} --max_train_samples {rows + HELD_OUT_ROWS}")
@@ -37,6 +44,19 @@ def measure(args: argparse.Namespace, rows: int, verifier: Verifier, prompts: li
         tau = decode(args, verifier, prompts, Path(scratch) / "run")
     figures = {"rows": rows, "epochs": args.epochs, "training_seconds": round(seconds, 1)}
     write_row(args, recipe, {**figures, "prompts": len(prompts), "greedy": tau}, path)
+    return path
+
+
+def measure_trained(args: argparse.Namespace, rows: int, verifier: Verifier, prompts: list[list[int]]) -> Path:
+    """Decode with a drafter that is there already; return the file."""
+    state = json.loads((args.trained / "trainer_state.json").read_text())
+    path = row_path(args, rows, state["num_train_epochs"])
+    if not path.exists():
+        seconds = next(entry["train_runtime"] for entry in state["log_history"] if "train_runtime" in entry)
+        figures = {"rows": rows, "epochs": state["num_train_epochs"], "training_seconds": round(seconds, 1)}
+        tau = decode(args, verifier, prompts, args.trained)
+        recipe = make_recipe(args, f"--num_train_epochs {state['num_train_epochs']}")
+        write_row(args, recipe, {**figures, "prompts": len(prompts), "greedy": tau}, path)
     return path
 
 
@@ -49,14 +69,15 @@ def fit(records: list[dict[str, Any]], nodes: str) -> tuple[float, float]:
     return mean_y - slope * mean_x, slope
 
 
-def show(records: list[dict[str, Any]]) -> str:
+def show(every: list[dict[str, Any]], epochs: float) -> str:
     """Return the sizes, the gain per doubling of the last step and of the line, and what a tenfold would give."""
-    lines = ["| rows | seconds | tau, 16 nodes | tau, all |", "|---|---|---|---|"]
+    lines = ["| epochs | rows | seconds | tau, 16 nodes | tau, all |", "|---|---|---|---|---|"]
     lines += [
-        f"| {record['rows']} | {record['training_seconds']:.0f} "
+        f"| {record['epochs']:g} | {record['rows']} | {record['training_seconds']:.0f} "
         f"| {record['greedy']['16']['tau']:.3f} | {record['greedy']['all']['tau']:.3f} |"
-        for record in records
+        for record in every
     ]
+    records = [record for record in every if record["epochs"] == epochs]
     if len(records) > 1:
         _, slope = fit(records, "16")
         before, last = records[-2:]
@@ -73,9 +94,10 @@ def plot(records: list[dict[str, Any]]) -> str:
     """Draw tau over log2 of the rows as one HTML page."""
     lines = [
         plots.Line(
-            f"{nodes} nodes",
-            [(math.log2(record["rows"]), record["greedy"][nodes]["tau"]) for record in records],
+            f"{nodes} nodes, {epochs:g} epochs",
+            [(math.log2(item["rows"]), item["greedy"][nodes]["tau"]) for item in records if item["epochs"] == epochs],
         )
+        for epochs in sorted({record["epochs"] for record in records})
         for nodes in records[0]["greedy"]
     ]
     drawing = plots.lines(lines, x_label="log2 of training rows")
@@ -91,6 +113,7 @@ def main() -> int:
     parser.add_argument("--output_dir", type=Path, required=True, help="one JSON per size, and the curve")
     parser.add_argument("--sizes", type=float, nargs="+", default=[1 / 16, 1 / 8, 1 / 4, 1 / 2, 1], help="shares")
     parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--trained", type=Path, help="a drafter trained on all rows, decoded beside the sizes")
     parser.add_argument("--prompts", type=int, default=80, help="MT-Bench first turns")
     parser.add_argument("--new_tokens", type=int, default=96)
     parser.add_argument("--max_tree_nodes", type=int, nargs="+", default=[8, 16, 0], help="0 is the full tree")
@@ -102,8 +125,10 @@ def main() -> int:
     total = len(distillation.self_rows(verifier, tokenizer, Path(), None)) - HELD_OUT_ROWS
     for share in sorted(args.sizes):
         print(measure(args, round(share * total), verifier, prompts), flush=True)
-    records = [json.loads(path.read_text()) for path in sorted(args.output_dir.glob("rows-*.json"))]
-    print(show(records))
+    if args.trained:
+        print(measure_trained(args, total, verifier, prompts), flush=True)
+    records = [json.loads(path.read_text()) for path in sorted(args.output_dir.glob("epochs-*.json"))]
+    print(show(records, args.epochs))
     evaluation.write_text(plot(records), args.output_dir / "curve.html")
     return 0
 
