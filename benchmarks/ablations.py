@@ -107,8 +107,9 @@ def measure(args: argparse.Namespace, name: str, seed: int, verifier: Verifier, 
         return path
     recipe = make_recipe(args, f"{CHANGES[name]} --seed {seed}")
     with tempfile.TemporaryDirectory() as scratch:
-        # A first run writes the hidden states and is not timed.
-        train(args, f"{recipe} --max_steps 2", Path(scratch) / "states")
+        if not args.hidden_state_cache.exists():
+            # A first run writes the hidden states and is not timed.
+            train(args, f"{recipe} --max_steps 2", Path(scratch) / "states")
         step = train(args, f"{recipe} --max_steps {TIMED_STEPS}", Path(scratch) / "timed") / TIMED_STEPS
         steps = max(int(args.seconds / step), TIMED_STEPS)
         start = time.perf_counter()
