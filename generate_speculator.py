@@ -194,10 +194,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     """
     least = {"max_num_prompts": 1, "max_prompt_length": 1, "batch_size": 1, "turns": 1}
     least |= {"num_threads": 1, "max_generation_length": 0, "beam_width": 1, "beam_length": 1, "lookup_length": 0}
-    for name, minimum in least.items():
-        value = getattr(args, name)
-        if value is not None and value < minimum:
-            raise UsageError(f"--{name} must be >= {minimum}, got {value}")
+    cli.require_least(args, least)
     BeamConfig(max_nodes=_node_limit(args.max_tree_nodes))
     if args.greedy_search and args.temperature:
         raise UsageError(f"--greedy_search excludes --temperature {args.temperature}: give one")

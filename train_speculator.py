@@ -9,54 +9,24 @@ Examples:
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
+import inspect
 import json
-import math
-import os
-import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from recurrent_drafting import cli
-from recurrent_drafting.assets import DEFAULT_BASE
-from recurrent_drafting.errors import DataError, ResourceError, UsageError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from recurrent_drafting import Drafter, Verifier
-    from recurrent_drafting.data import Conversation, EncodedRow, TokenDataset
-    from recurrent_drafting.distillation import DistilConfig
-    from recurrent_drafting.estimate import ExpectedData
-    from recurrent_drafting.train_serve import TrainServeReport
+    from recurrent_drafting.data import TokenDataset
     from recurrent_drafting.trainer import DrafterTrainer, TrainingArguments
 
-# What --quick sets; any flag given on the command line wins.
-QUICK = {
-    "llm_name_or_path": DEFAULT_BASE,
-    "dataset_name": "self",
-    "max_train_samples": 640,
-    "max_steps": 400,
-    "drafter_predict_n_tokens": 3,
-    "lookup_length": 16,
-    "per_device_train_batch_size": 4,
-    "per_device_eval_batch_size": 16,
-    "max_eval_samples": 16,
-    "learning_rate": 2e-3,
-    "adam_beta2": 0.95,
-    "weight_decay": 0.0,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 10,
-    "logging_steps": 40,
-    "save_strategy": "no",
-}
-QUICK_PROMPTS, QUICK_TOKENS = 16, 64
+T = TypeVar("T")
 # New tokens per prompt of the short decode that ends every training run.
 SERVE_CHECK_TOKENS = 32
 
@@ -65,7 +35,6 @@ def build_parser() -> cli.ArgumentParser:
     """Describe the command line: the drafter's flags, and every field of TrainingArguments."""
     from transformers import HfArgumentParser
 
-    from recurrent_drafting import RecurrentDraftingConfig
     from recurrent_drafting.trainer import TrainingArguments
 
     class Parser(cli.ArgumentParser, HfArgumentParser):
@@ -85,45 +54,72 @@ def build_parser() -> cli.ArgumentParser:
     run.add_argument("--dry_run", action="store_true", help="print what the run would be and take; train nothing")
     run.add_argument("--yes", action="store_true", help="regenerate a large data set, whatever it takes")
     run.add_argument("--debug", action="store_true", help="print tracebacks")
-    model = parser.add_argument_group("drafter")
-    model.add_argument("--exit_dim_multiplier", type=float, default=1.0, help="exit_dim as a multiple of H")
-    model.add_argument("--draft_vocab_size", default="auto", help="tokens that may be drafted; 0 = all, or auto")
-    model.add_argument("--rnn", action=argparse.BooleanOptionalAction, default=RecurrentDraftingConfig.rnn)
-    model.add_argument("--beam_width", type=int, default=RecurrentDraftingConfig.beam_width)
-    model.add_argument("--beam_length", type=int, default=RecurrentDraftingConfig.beam_length)
-    model.add_argument(
-        "--lookup_length",
-        type=int,
-        default=RecurrentDraftingConfig.lookup_length,
-        help="tokens that decoding copies from the text's own past where it repeats; saved as the drafter's default",
-    )
-    source = parser.add_argument_group("data")
-    source.add_argument(
-        "--dataset_name",
-        default="sharegpt",
-        help="sharegpt, alpaca, ultrachat, mtbench, wikitext, self (written by the base), or a local "
-        ".json/.jsonl/.parquet/.txt file",
-    )
-    source.add_argument("--dataset_split", help="split of a hub data set (default: its usual one)")
-    source.add_argument("--model_max_length", type=int, default=512, help="tokens; longer rows are cut")
-    source.add_argument("--max_train_samples", type=int)
-    source.add_argument("--max_eval_samples", type=int, default=64)
-    source.add_argument("--train_on_assistant_only", action=argparse.BooleanOptionalAction, default=True)
-    source.add_argument("--hidden_state_cache", metavar="DIR", help="store the base's states once, reuse them")
-    source.add_argument("--rebuild_cache", action="store_true", help="compute damaged shards of that cache anew")
-    source.add_argument("--skip_bad_rows", action="store_true", help="leave malformed rows out and count them")
-    add_targets(parser)
+    _add_drafter(parser)
+    _add_data(parser)
+    _add_targets(parser)
     return parser
 
 
-def add_targets(parser: cli.ArgumentParser) -> None:
+def _add_drafter(parser: cli.ArgumentParser) -> None:
+    from recurrent_drafting.starting_drafter import DrafterSettings
+
+    group = parser.add_argument_group("drafter")
+    group.add_argument(
+        "--exit_dim_multiplier",
+        type=float,
+        default=DrafterSettings.exit_dim_multiplier,
+        help="exit_dim as a multiple of H",
+    )
+    group.add_argument(
+        "--draft_vocab_size",
+        default=DrafterSettings.draft_vocab_size,
+        help="tokens that may be drafted; 0 = all, or auto",
+    )
+    group.add_argument("--rnn", action=argparse.BooleanOptionalAction, default=DrafterSettings.rnn)
+    group.add_argument("--beam_width", type=int, default=DrafterSettings.beam_width)
+    group.add_argument("--beam_length", type=int, default=DrafterSettings.beam_length)
+    group.add_argument(
+        "--lookup_length",
+        type=int,
+        default=DrafterSettings.lookup_length,
+        help="tokens that decoding copies from the text's own past where it repeats; saved as the drafter's default",
+    )
+
+
+def _add_data(parser: cli.ArgumentParser) -> None:
+    from recurrent_drafting.training_data import DataSettings
+
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--dataset_name",
+        default=DataSettings.dataset_name,
+        help="sharegpt, alpaca, ultrachat, mtbench, wikitext, self (written by the base), or a local "
+        ".json/.jsonl/.parquet/.txt file",
+    )
+    group.add_argument("--dataset_split", help="split of a hub data set (default: its usual one)")
+    group.add_argument(
+        "--model_max_length", type=int, default=DataSettings.model_max_length, help="tokens; longer rows are cut"
+    )
+    group.add_argument("--max_train_samples", type=int)
+    group.add_argument("--max_eval_samples", type=int, default=DataSettings.max_eval_samples)
+    group.add_argument(
+        "--train_on_assistant_only",
+        action=argparse.BooleanOptionalAction,
+        default=DataSettings.train_on_assistant_only,
+    )
+    group.add_argument("--hidden_state_cache", metavar="DIR", help="store the base's states once, reuse them")
+    group.add_argument("--rebuild_cache", action="store_true", help="compute damaged shards of that cache anew")
+    group.add_argument("--skip_bad_rows", action="store_true", help="leave malformed rows out and count them")
+
+
+def _add_targets(parser: cli.ArgumentParser) -> None:
     """Describe what is predicted and by what it is judged."""
-    from recurrent_drafting.distillation import DistilConfig
     from recurrent_drafting.trainer import TrainingArguments
+    from recurrent_drafting.training_data import TARGETS, DataSettings
 
     group = parser.add_argument_group("targets and objective")
     targets = group.add_mutually_exclusive_group()
-    targets.add_argument("--targets", choices=("ground_truth", "regenerated", "distilled"), default="regenerated")
+    targets.add_argument("--targets", choices=TARGETS, default=DataSettings.targets)
     targets.add_argument(
         "--use_distilled_dataset",
         action="store_const",
@@ -132,8 +128,10 @@ def add_targets(parser: cli.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="the same as --targets distilled",
     )
-    group.add_argument("--distill_num_future_tokens", type=int, default=DistilConfig.num_future_tokens)
-    group.add_argument("--distill_temperature", type=float, default=DistilConfig.temperature, help="0 is greedy")
+    group.add_argument("--distill_num_future_tokens", type=int, default=DataSettings.distill_num_future_tokens)
+    group.add_argument(
+        "--distill_temperature", type=float, default=DataSettings.distill_temperature, help="0 is greedy"
+    )
     group.add_argument("--distill_max_examples", type=int, help="training rows that are distilled; others are left out")
     objective = group.add_mutually_exclusive_group()
     objective.add_argument(
@@ -153,32 +151,26 @@ def add_targets(parser: cli.ArgumentParser) -> None:
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, TrainingArguments]:
     """Parse the command line; --quick changes defaults, never what was given."""
-    from dataclasses import fields
-
+    from recurrent_drafting import output_directory, quick_run
     from recurrent_drafting.trainer import TrainingArguments
+    from recurrent_drafting.training_data import DataSettings
 
     parser = build_parser()
     argv = sys.argv[1:] if argv is None else list(argv)
     if "--quick" in argv:
-        parser.set_defaults(**QUICK, bf16=_bf16_pays(argv))
+        parser.set_defaults(**quick_run.SETTINGS, bf16=_bf16_pays(argv))
     args = parser.parse_args(argv)
     if args.targets == "distilled":
         parser.set_defaults(objective="ce")
         args = parser.parse_args(argv)
     if args.resume_from_checkpoint in {"", "False", "false"}:
         args.resume_from_checkpoint = None
-    check_arguments(args)
-    check_drafter_flags(args, given_names(argv))
-    args.output_dir = args.output_dir or _default_output_dir(args)
+    check_arguments(args, given_names(argv))
+    args.output_dir = args.output_dir or str(output_directory.usual(args.llm_name_or_path, unused=args.quick))
     if args.warmup_ratio is not None:
         args.warmup_steps = args.warmup_ratio
-    names = {item.name for item in fields(TrainingArguments) if item.init} - {"debug"}
-    training = TrainingArguments(**{name: value for name, value in vars(args).items() if name in names})
-    if args.targets == "distilled" and training.kl_share:
-        raise UsageError(
-            f"--targets distilled with --objective {args.objective}: KL needs the verifier's distribution along the "
-            "text, continuations have tokens alone; use --objective ce or --kd_alpha 0"
-        )
+    training = settings_of(TrainingArguments, args)
+    settings_of(DataSettings, args).refuse_kl(training)
     return args, training
 
 
@@ -190,50 +182,27 @@ def given_names(argv: Sequence[str]) -> set[str]:
     return set(vars(parser.parse_args(argv)))
 
 
-def check_drafter_flags(args: argparse.Namespace, given: set[str]) -> None:
-    """Refuse flags that shape a new drafter where one is named; of beams and copies keep what was given for it.
-
-    Raises:
-        UsageError: the drafter that was named has a shape already.
-    """
-    if not args.drafter_name_or_path:
-        return
-    if shaping := sorted(given & {"exit_dim_multiplier", "draft_vocab_size", "rnn", "drafter_num_layers"}):
-        raise UsageError(
-            f"--{shaping[0]} shapes a new drafter, and {args.drafter_name_or_path} has its shape: drop one of the two"
-        )
-    for name in {"beam_width", "beam_length", "lookup_length"} - given:
-        setattr(args, name, None)
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse values that cannot work, before anything is loaded.
+def check_arguments(args: argparse.Namespace, given: set[str]) -> None:
+    """Refuse values that cannot work, before anything is loaded; a named drafter keeps what was not given.
 
     Raises:
         UsageError: with the range or the choices.
     """
-    from recurrent_drafting import BeamConfig
+    from recurrent_drafting.starting_drafter import DECODING, DrafterSettings
+    from recurrent_drafting.training_data import DataSettings
 
-    least = {"model_max_length": 3, "max_train_samples": 1, "max_eval_samples": 1, "serve_check_prompts": 0}
-    least.update(distill_num_future_tokens=1, distill_max_examples=1, drafter_num_layers=0)
-    for name, minimum in least.items():
-        value = getattr(args, name)
-        if value is not None and value < minimum:
-            raise UsageError(f"--{name} must be >= {minimum}, got {value}")
-    if not 0 < args.exit_dim_multiplier < math.inf:
-        raise UsageError(f"--exit_dim_multiplier must be > 0 and finite, got {args.exit_dim_multiplier}")
-    if args.draft_vocab_size != "auto" and not args.draft_vocab_size.isdecimal():
-        raise UsageError(f"--draft_vocab_size must be auto or a number >= 0, got {args.draft_vocab_size!r}")
-    BeamConfig(args.beam_width, args.beam_length, lookup_length=args.lookup_length)
-    if not 0 <= args.distill_temperature < math.inf:
-        raise UsageError(f"--distill_temperature must be >= 0 and finite, got {args.distill_temperature}")
-    if args.targets == "distilled" and args.distill_num_future_tokens < args.drafter_predict_n_tokens:
-        raise UsageError(
-            f"--distill_num_future_tokens must be >= --drafter_predict_n_tokens ({args.drafter_predict_n_tokens}), "
-            f"got {args.distill_num_future_tokens}"
-        )
-    if args.phase == "eval" and not args.drafter_name_or_path:
-        raise UsageError("--phase eval measures a drafter: name it with --drafter_name_or_path")
+    settings_of(DataSettings, args).require_depths(args.drafter_predict_n_tokens)
+    cli.require_least(args, {"serve_check_prompts": 0})
+    settings_of(DrafterSettings, args).refuse_shape(given)
+    if args.drafter_name_or_path:
+        vars(args).update(dict.fromkeys(set(DECODING) - given))
+
+
+def settings_of(kind: Callable[..., T], args: argparse.Namespace) -> T:
+    """Build a settings object from the flags that have the names of its fields."""
+    # TrainingArguments has a field "debug" that is no flag: --debug is ours.
+    names = inspect.signature(kind).parameters.keys() - {"debug"}
+    return kind(**{name: value for name, value in vars(args).items() if name in names})
 
 
 def _bf16_pays(argv: Sequence[str]) -> bool:
@@ -244,209 +213,28 @@ def _bf16_pays(argv: Sequence[str]) -> bool:
     return not {"--bf16", "--fp16"} & set(argv) and resolve_dtype("auto", resolve_device("auto")) == torch.bfloat16
 
 
-def _default_output_dir(args: argparse.Namespace) -> str:
-    """Return ./models/<base>-recurrent-drafter; a second --quick gets a number."""
-    base = re.sub(r"[^\w.-]+", "-", Path(args.llm_name_or_path).name)
-    stem = Path("models") / f"{base}-recurrent-drafter"
-    path, number = stem, 1
-    while args.quick and path.exists():
-        number += 1
-        path = stem.with_name(f"{stem.name}-{number}")
-    return str(path)
-
-
-@contextmanager
-def claim_output_dir(args: argparse.Namespace) -> Iterator[None]:
-    """Hold the output directory for this run alone, and clear what a killed one left half-written.
-
-    Raises:
-        UsageError: it holds something, cannot be written or belongs to another run.
-    """
-    from recurrent_drafting import manifest, resume, run_guard
-    from recurrent_drafting.distillation import SELF_DATA
-
-    path = Path(args.output_dir)
-    check_output_dir(args, leftovers={manifest.PARTIAL, run_guard.LOCK, SELF_DATA})
-    with run_guard.only_run(path):
-        manifest.remove_partial(path)
-        # Before anything is loaded: there must be a checkpoint to go on from.
-        args.resume_from_checkpoint = resume.locate(args.resume_from_checkpoint, path)
-        yield
-
-
-def check_output_dir(args: argparse.Namespace, leftovers: set[str]) -> None:
-    """Refuse an output directory that holds something besides a killed run's leftovers, or cannot be written.
-
-    Raises:
-        UsageError: with what to pass instead.
-    """
-    path = Path(args.output_dir)
-    goes_on = args.overwrite_output_dir or args.resume_from_checkpoint
-    try:
-        if path.exists() and {item.name for item in path.iterdir()} - leftovers and not goes_on:
-            raise UsageError(
-                f"--output_dir {path} is not empty: expected a new directory; pass --resume_from_checkpoint, "
-                "--overwrite_output_dir or another directory"
-            )
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--output_dir {path} cannot be used: {error.strerror}; name another directory") from error
-    if not os.access(path, os.W_OK):
-        raise UsageError(f"--output_dir {path} is read-only; name another directory")
-
-
-def load_data(
-    args: argparse.Namespace, verifier: Verifier, tokenizer: PreTrainedTokenizerBase
-) -> tuple[TokenDataset, TokenDataset]:
-    """Load, cut and split the training rows: (training, evaluation)."""
-    from recurrent_drafting import data, distillation, estimate
-
-    if args.dataset_name == "self":
-        expected = estimate.self_written(verifier, tokenizer, args.max_train_samples)
-        require_consent(args, verifier, expected, "or --dataset_name with replies of your own")
-        rows = distillation.self_rows(verifier, tokenizer, Path(args.output_dir), args.max_train_samples)
-    else:
-        conversations, report = data.load_dataset_by_name(
-            args.dataset_name,
-            split=args.dataset_split,
-            max_rows=args.max_train_samples,
-            skip_bad_rows=args.skip_bad_rows,
-        )
-        print(f"data: {report.read} conversations from {args.dataset_name}, left out {report.skipped or 'none'}")
-        if args.targets == "regenerated":
-            rows = regenerated(args, verifier, tokenizer, conversations)
-        else:
-            rows, encoded = data.encode_all(
-                conversations,
-                tokenizer,
-                args.model_max_length,
-                assistant_only=args.train_on_assistant_only,
-                skip_bad_rows=args.skip_bad_rows,
-            )
-            print(f"data: {encoded.read} rows rendered, left out {encoded.skipped or 'none'}")
-    made = len(rows := rows[: args.max_train_samples])
-    rows, cut = data.truncate(rows, args.model_max_length)
-    data.check_token_ids(rows, verifier.vocab_size, args.llm_name_or_path)
-    training, evaluation = data.split(rows, args.max_eval_samples)
-    if len(training) < args.per_device_train_batch_size:
-        raise DataError(
-            f"{len(training)} training rows are fewer than one batch of {args.per_device_train_batch_size}: "
-            "add data or lower --per_device_train_batch_size"
-        )
-    print(
-        f"data: {len(training)} training rows ({training.reply_tokens} reply tokens), "
-        f"{len(evaluation)} evaluation rows, {cut} cut at {args.model_max_length} tokens, "
-        f"{made - len(rows)} left out without a reply token before that"
-    )
-    if (config := distil_config(args)) is not None:
-        if args.phase == "train":
-            training = distilled(config, verifier, training, args.distill_max_examples)
-        evaluation = distilled(config, verifier, evaluation, None)
-    return training, evaluation
-
-
-def regenerated(
-    args: argparse.Namespace,
-    verifier: Verifier,
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: Sequence[Conversation],
-) -> list[EncodedRow]:
-    """Let the base answer the conversations anew, and print how many replies that gave."""
-    from recurrent_drafting import distillation, estimate
-
-    limits = reply_limits(args)
-    expected = estimate.written_replies(conversations, tokenizer, **limits)
-    require_consent(args, verifier, expected, "or --targets ground_truth")
-    rows, report = distillation.regenerate(conversations, verifier, tokenizer, **limits)
-    print(f"data: {report.read} replies written, left out {report.skipped or 'none'}")
-    return rows
-
-
-def reply_limits(args: argparse.Namespace) -> dict[str, Any]:
-    """Return how long the base's replies may be, how many it writes, and what it passes over."""
-    return {
-        "max_length": args.model_max_length,
-        "max_rows": args.max_train_samples,
-        "skip_bad_rows": args.skip_bad_rows,
-    }
-
-
-def distilled(config: DistilConfig, verifier: Verifier, rows: TokenDataset, limit: int | None) -> TokenDataset:
-    """Give the first ``limit`` rows the base's own continuations at every position; leave the others out."""
-    from recurrent_drafting import data, distillation
-
-    start = time.perf_counter()
-    found = data.TokenDataset(distillation.distil(rows.rows[:limit], verifier, config))
-    positions = sum(len(row.continuations) for row in found.rows if row.continuations is not None)
-    print(
-        f"distilled targets: {len(found)} rows, {positions} positions of {config.num_future_tokens} tokens, "
-        f"{time.perf_counter() - start:.1f} s"
-    )
-    return found
-
-
-def distil_config(args: argparse.Namespace) -> DistilConfig | None:
-    """Return how targets are distilled, None if they are not."""
-    from recurrent_drafting.distillation import DistilConfig
-
-    if args.targets != "distilled":
-        return None
-    return DistilConfig(args.distill_num_future_tokens, args.distill_temperature, args.seed)
-
-
-def require_consent(args: argparse.Namespace, verifier: Verifier, expected: ExpectedData, instead: str) -> None:
-    """Stop before hours of writing, unless --yes or --max_train_samples was given; print what is written."""
-    from recurrent_drafting import estimate
-
-    if args.yes or args.max_train_samples is not None or not expected.replies_written:
-        return
-    print(f"data to be written: {estimate.require_consent(verifier, expected, instead)}")
-
-
-def expect_data(args: argparse.Namespace, verifier: Verifier, tokenizer: PreTrainedTokenizerBase) -> ExpectedData:
-    """Return what the data set of the run will be, without making it."""
-    from recurrent_drafting import data, estimate
-
-    if args.dataset_name == "self":
-        return estimate.self_written(verifier, tokenizer, args.max_train_samples)
-    conversations, _ = data.load_dataset_by_name(
-        args.dataset_name, split=args.dataset_split, max_rows=args.max_train_samples, skip_bad_rows=args.skip_bad_rows
-    )
-    if args.targets == "regenerated":
-        return estimate.written_replies(conversations, tokenizer, **reply_limits(args))
-    return estimate.given_replies(
-        conversations,
-        tokenizer,
-        args.model_max_length,
-        assistant_only=args.train_on_assistant_only,
-        skip_bad_rows=args.skip_bad_rows,
-    )
-
-
 def dry_run(args: argparse.Namespace, training: TrainingArguments) -> int:
     """Print the resolved run and what it would take; train nothing, write nothing."""
-    from dataclasses import fields, replace
+    from dataclasses import fields
 
-    from recurrent_drafting import estimate
-    from recurrent_drafting.data import TokenDataset, load_tokenizer
+    from recurrent_drafting import estimate, starting_drafter
+    from recurrent_drafting.data import TokenDataset
+    from recurrent_drafting.training_data import DataSettings, TrainingData
 
     usual = {item.name: item.default for item in fields(training)}
     given = {name: value for name, value in vars(args).items() if name not in usual or value != usual[name]}
     print(json.dumps({name: value for name, value in given.items() if value is not None}, indent=2, default=str))
-    verifier = load_base(args, training)
-    tokenizer = load_tokenizer(args.llm_name_or_path, args.revision, trust_remote_code=args.trust_remote_code)
-    expected = expect_data(args, verifier, tokenizer)
-    if args.targets == "distilled" and args.distill_max_examples is not None:
-        expected = replace(expected, count=min(expected.count, args.distill_max_examples))
+    verifier, tokenizer = load_base(args, training)
+    settings = settings_of(DataSettings, args)
+    expected = TrainingData(settings, verifier, tokenizer, print).expect()
     rows = TokenDataset(expected.rows)
-    with tempfile.TemporaryDirectory(prefix="dry-run-") as scratch:
-        training.output_dir, training.report_to = scratch, []
-        # What the sample's replies would make of the draft vocabulary says nothing.
-        with contextlib.redirect_stdout(io.StringIO()):
-            drafter = make_drafter(args, verifier, rows, tokenizer)
+    # What the sample's replies would make of the draft vocabulary says nothing.
+    new = settings_of(starting_drafter.DrafterSettings, args)
+    drafter = starting_drafter.prepare(new, verifier, tokenizer, rows, say=lambda _: None)
+    with aside(training, "dry-run-"):
         trainer = make_trainer(training, verifier, drafter, (rows, rows))
         stored = bool(args.hidden_state_cache or args.quick)
-        found = estimate.run(trainer, expected, stored_states=stored, distilled=distil_config(args))
+        found = estimate.run(trainer, expected, stored_states=stored, distilled=settings.distil_config())
     print(
         f"data: {expected.count} rows of {expected.tokens_per_row:.0f} tokens, {expected.replies_written} to be written"
     )
@@ -455,85 +243,25 @@ def dry_run(args: argparse.Namespace, training: TrainingArguments) -> int:
     return 0
 
 
-def load_base(args: argparse.Namespace, training: TrainingArguments) -> Verifier:
-    """Load the base in the dtype of the run."""
+@contextmanager
+def aside(training: TrainingArguments, prefix: str) -> Iterator[None]:
+    """Let a trainer that leaves nothing behind have a directory, which goes with the block, and no tracker."""
+    with tempfile.TemporaryDirectory(prefix=prefix) as scratch:
+        training.output_dir, training.report_to = scratch, []
+        yield
+
+
+def load_base(args: argparse.Namespace, training: TrainingArguments) -> tuple[Verifier, Any]:
+    """Load the base in the dtype of the run, and its tokenizer."""
     from recurrent_drafting import Verifier
+    from recurrent_drafting.data import load_tokenizer
 
     dtype = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
-    print(f"base: {args.llm_name_or_path} ({dtype})")
+    name, trust = args.llm_name_or_path, args.trust_remote_code
+    print(f"base: {name} ({dtype})")
     device = "cpu" if training.use_cpu else "auto"
-    return Verifier.from_pretrained(
-        args.llm_name_or_path, dtype, device, revision=args.revision, trust_remote_code=args.trust_remote_code
-    )
-
-
-def with_hidden_states(
-    args: argparse.Namespace, training: TrainingArguments, verifier: Verifier, rows: TokenDataset, scratch: str
-) -> TokenDataset:
-    """Store the base's states of the training rows; --quick does it in a scratch directory, others on request."""
-    from recurrent_drafting import distributed
-    from recurrent_drafting.hidden_cache import CachedDataset, HiddenStateCache
-
-    if not (args.hidden_state_cache or args.quick):
-        return rows
-
-    def write() -> Path:
-        directory = Path(args.hidden_state_cache or scratch)
-        cache = HiddenStateCache(directory, verifier, rows)
-        cost = cache.cost()
-        size = f"{cost.tokens} tokens, {cost.bytes / 1e6:.0f} MB, about {cost.seconds:.0f} s"
-        print(f"hidden states: {size}, in {directory}")
-        cache.write(rebuild=args.rebuild_cache)
-        return directory
-
-    return CachedDataset(rows, HiddenStateCache(distributed.from_first_rank(training, write), verifier, rows))
-
-
-def make_drafter(
-    args: argparse.Namespace, verifier: Verifier, rows: TokenDataset, tokenizer: PreTrainedTokenizerBase
-) -> Drafter:
-    """Load the drafter that was named, or make a new one that starts from the verifier."""
-    import torch
-
-    from recurrent_drafting import Drafter, RecurrentDraftingConfig
-    from recurrent_drafting.checkpoint import load_drafter
-    from recurrent_drafting.data import check_tokenizer, tokenizer_fingerprint
-    from recurrent_drafting.decoding import check_fit
-    from recurrent_drafting.trainer import choose_draft_vocabulary, initialise_from_verifier
-
-    if args.drafter_name_or_path:
-        # Released weights may be in bfloat16, too coarse for the optimizer's steps.
-        drafter = load_drafter(args.drafter_name_or_path).float()
-        check_fit(verifier, drafter)
-        check_tokenizer(tokenizer, drafter.config.tokenizer_fingerprint, args.llm_name_or_path)
-        for name in ("beam_width", "beam_length", "lookup_length"):
-            if (value := getattr(args, name)) is not None:
-                setattr(drafter.config, name, value)
-        if args.phase == "train":
-            drafter.config.num_draft_tokens = args.drafter_predict_n_tokens
-        return drafter
-    token_ids, coverage = choose_draft_vocabulary(rows, args.draft_vocab_size, verifier.vocab_size)
-    print(f"draft vocabulary: {len(token_ids)} of {verifier.vocab_size} tokens, {coverage:.1%} of the reply tokens")
-    torch.manual_seed(args.seed)
-    drafter = Drafter(
-        RecurrentDraftingConfig(
-            hidden_size=verifier.hidden_size,
-            vocab_size=verifier.vocab_size,
-            exit_dim=round(verifier.hidden_size * args.exit_dim_multiplier),
-            num_draft_layers=args.drafter_num_layers,
-            rnn=args.rnn,
-            draft_vocab_size=len(token_ids),
-            num_draft_tokens=args.drafter_predict_n_tokens,
-            beam_width=args.beam_width,
-            beam_length=args.beam_length,
-            lookup_length=args.lookup_length,
-            verifier_name_or_path=args.llm_name_or_path,
-            verifier_fingerprint=verifier.fingerprint,
-            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        )
-    )
-    initialise_from_verifier(drafter, verifier, token_ids)
-    return drafter
+    verifier = Verifier.from_pretrained(name, dtype, device, revision=args.revision, trust_remote_code=trust)
+    return verifier, load_tokenizer(name, args.revision, trust_remote_code=trust)
 
 
 def make_trainer(
@@ -551,84 +279,54 @@ def make_trainer(
 def find_checkpoint(
     args: argparse.Namespace, training: TrainingArguments, drafter: Drafter, rows: TokenDataset
 ) -> str | None:
-    """Return the checkpoint to go on from, None for a new run; "True" is the newest complete one.
-
-    Raises:
-        UsageError: there is none.
-        ModelError: it is torn or of another run.
-    """
+    """Return the checkpoint to go on from, None for a new run; one of another run is refused."""
     from recurrent_drafting import resume
 
-    wanted = args.resume_from_checkpoint
-    if not wanted:
+    if not args.resume_from_checkpoint:
         return None
-    record = resume.run_record(
-        training.decisive(), training.world_size, drafter.config, resume.data_fingerprint(rows.rows)
+    record = training.run_record(drafter.config, resume.data_fingerprint(rows.rows))
+    return str(resume.find_checkpoint(args.resume_from_checkpoint, Path(args.output_dir), record))
+
+
+def execute(args: argparse.Namespace, training: TrainingArguments, started: float) -> int:
+    """Run what the command line asks for."""
+    from recurrent_drafting import distributed, hidden_cache, starting_drafter, tracking
+    from recurrent_drafting.training_data import DataSettings, TrainingData
+
+    verifier, tokenizer = load_base(args, training)
+    source = TrainingData(settings_of(DataSettings, args), verifier, tokenizer, print)
+    rows, held_out = distributed.from_first_rank(
+        training, lambda: source.load(Path(args.output_dir), args.per_device_train_batch_size)
     )
-    path = resume.find_checkpoint(wanted, Path(args.output_dir), record)
-    return None if path is None else str(path)
-
-
-def measure(args: argparse.Namespace, trainer: DrafterTrainer, tokenizer: Any, started: float) -> Path:
-    """Decode MT-Bench prompts with drafter and baseline in turn; print and write the figures and the report."""
-    from recurrent_drafting import evaluation, lossless
-
-    questions, _ = evaluation.load_questions("mt-bench", QUICK_PROMPTS, spread=True)
-    settings = evaluation.RunSettings(
-        base_model=args.llm_name_or_path,
-        speculator_path=str(args.output_dir),
-        max_new_tokens=QUICK_TOKENS,
-    )
-    decoder = evaluation.speculative_decoder(trainer.verifier, trainer.drafter, settings)
-    result = evaluation.compare(trainer.verifier, decoder, tokenizer, questions, settings)
-    path = Path(args.output_dir) / "quick_results.json"
-    result["quick_seconds"] = time.perf_counter() - started
-    evaluation.write_json(result, path)
-    print(evaluation.format_summary(result["summary"]))
-    write_report(args, trainer, {path.stem: result})
-    lossless.LosslessReport(**result["lossless"]).require_lossless()
-    return path
-
-
-def write_report(args: argparse.Namespace, trainer: DrafterTrainer, results: Mapping[str, Any]) -> None:
-    """Write the report of the training, and of evaluations by name, into the output directory."""
-    from recurrent_drafting import report
-
-    training = {"log_history": trainer.state.log_history, "global_step": trainer.state.global_step}
-    named = {"training": training, **results}
-    path = Path(args.output_dir) / "report.html"
-    report.write([report.Result.of(name, data) for name, data in named.items()], path)
-    print(f"report: {path}")
-
-
-def compare_served(
-    trainer: DrafterTrainer, rows: TokenDataset, limit: int | None, max_new_tokens: int
-) -> TrainServeReport | None:
-    """Compare what training simulates with what decoding serves; where that cannot be done say why and return None."""
-    from recurrent_drafting import train_serve
-
-    reason = "no evaluation row has a prompt before its reply"
-    if prompts := train_serve.prompts_of(rows.rows, limit):
-        try:
-            return train_serve.compare(trainer.verifier, trainer.drafter, prompts, trainer.beam(), max_new_tokens)
-        except ResourceError as error:
-            reason = str(error)
-    print(f"train equals serve: not compared: {reason}")
-    return None
+    settings = settings_of(starting_drafter.DrafterSettings, args)
+    drafter = starting_drafter.prepare(settings, verifier, tokenizer, rows, say=print)
+    print(f"drafter: {drafter.num_parameters() / 1e6:.2f} M parameters")
+    if args.phase == "eval":
+        with aside(training, "eval-"):
+            return evaluate(make_trainer(training, verifier, drafter, (rows, held_out)), held_out)
+    checkpoint = find_checkpoint(args, training, drafter, rows)
+    with tempfile.TemporaryDirectory(prefix="hidden-states-", ignore_cleanup_errors=True) as scratch:
+        if args.hidden_state_cache or args.quick:
+            directory = Path(args.hidden_state_cache or scratch)
+            rows = hidden_cache.store(rows, verifier, directory, training, rebuild=args.rebuild_cache, say=print)
+        trainer = make_trainer(training, verifier, drafter, (rows, held_out))
+        with tracking.closing(trainer.callback_handler.callbacks):
+            trainer.train(resume_from_checkpoint=checkpoint)
+            finish(args, trainer, held_out)
+    if training.process_index == 0:
+        conclude(args, trainer, tokenizer, started)
+    return 0
 
 
 def evaluate(trainer: DrafterTrainer, rows: TokenDataset) -> int:
     """Print loss, accuracies and simulated tau of the rows, and the tau of decoding their prompts."""
+    from recurrent_drafting import train_serve
+
     metrics = trainer.evaluate()
     if trainer.args.process_index == 0:
-        report = compare_served(trainer, rows, None, max(sum(row.loss_mask) for row in rows.rows))
-        served = report and {
-            "served_prompts": report.prompts,
-            "served_tau": report.served.tau,
-            "served_acceptance_by_depth": report.served.acceptance_by_depth,
-            "served_text_simulated_tau": report.simulated.tau,
-        }
-        print(json.dumps({**metrics, **(served or {})}, indent=2))
+        longest = max(sum(row.loss_mask) for row in rows.rows)
+        report = train_serve.compare_rows(trainer, rows, None, longest, say=print)
+        print(json.dumps({**metrics, **(report.figures() if report else {})}, indent=2))
     return 0
 
 
@@ -643,52 +341,35 @@ def finish(args: argparse.Namespace, trainer: DrafterTrainer, rows: TokenDataset
     print(f"drafter saved: {args.output_dir}")
     if trainer.args.process_index or not args.serve_check_prompts:
         return
-    if (report := compare_served(trainer, rows, args.serve_check_prompts, SERVE_CHECK_TOKENS)) is not None:
+    report = train_serve.compare_rows(trainer, rows, args.serve_check_prompts, SERVE_CHECK_TOKENS, say=print)
+    if report is not None:
         print(f"train equals serve: {report.summary()}")
         table = train_serve.evaluation_table(metrics, report)
         tracking.log_table(trainer.callback_handler.callbacks, table, trainer.state.global_step)
 
 
-def execute(args: argparse.Namespace, training: TrainingArguments, started: float) -> int:
-    """Run what the command line asks for."""
-    from recurrent_drafting import distributed, tracking
-    from recurrent_drafting.data import load_tokenizer
+def conclude(args: argparse.Namespace, trainer: DrafterTrainer, tokenizer: Any, started: float) -> None:
+    """Write the report of the training; after --quick measure first, and say what to run next."""
+    from recurrent_drafting import evaluation, lossless, quick_run, report
 
-    verifier = load_base(args, training)
-    tokenizer = load_tokenizer(args.llm_name_or_path, args.revision, trust_remote_code=args.trust_remote_code)
-    training_rows, evaluation_rows = distributed.from_first_rank(training, lambda: load_data(args, verifier, tokenizer))
-    drafter = make_drafter(args, verifier, training_rows, tokenizer)
-    print(f"drafter: {drafter.num_parameters() / 1e6:.2f} M parameters")
-    if args.phase == "eval":
-        with tempfile.TemporaryDirectory(prefix="eval-") as scratch:
-            training.output_dir, training.report_to = scratch, []
-            trainer = make_trainer(training, verifier, drafter, (training_rows, evaluation_rows))
-            return evaluate(trainer, evaluation_rows)
-    checkpoint = find_checkpoint(args, training, drafter, training_rows)
-    with tempfile.TemporaryDirectory(prefix="hidden-states-", ignore_cleanup_errors=True) as scratch:
-        training_rows = with_hidden_states(args, training, verifier, training_rows, scratch)
-        trainer = make_trainer(training, verifier, drafter, (training_rows, evaluation_rows))
-        with tracking.closing(trainer.callback_handler.callbacks):
-            trainer.train(resume_from_checkpoint=checkpoint)
-            finish(args, trainer, evaluation_rows)
-    if training.process_index == 0:
-        conclude(args, trainer, tokenizer, started)
-    return 0
-
-
-def conclude(
-    args: argparse.Namespace, trainer: DrafterTrainer, tokenizer: PreTrainedTokenizerBase, started: float
-) -> None:
-    """Write the report; after --quick measure first, and say what to run next."""
-    if not args.quick:
-        write_report(args, trainer, {})
-        return
-    print(f"results: {measure(args, trainer, tokenizer, started)}")
-    print(
-        "next:\n"
-        f"  python generate_speculator.py --interactive --speculator_path {args.output_dir}\n"
-        f"  python generate_speculator.py --eval_mt_bench --compare --speculator_path {args.output_dir}"
-    )
+    folder, measured = Path(args.output_dir), {}
+    results, page = folder / "quick_results.json", folder / "report.html"
+    if args.quick:
+        result = quick_run.measure(trainer.verifier, trainer.drafter, tokenizer, args.output_dir)
+        result["quick_seconds"] = time.perf_counter() - started
+        evaluation.write_json(result, results)
+        print(evaluation.format_summary(result["summary"]))
+        measured[results.stem] = result
+    report.write_training(trainer.state.log_history, trainer.state.global_step, measured, page)
+    print(f"report: {page}")
+    if args.quick:
+        lossless.LosslessReport(**measured[results.stem]["lossless"]).require_lossless()
+        print(
+            f"results: {results}\n"
+            "next:\n"
+            f"  python generate_speculator.py --interactive --speculator_path {args.output_dir}\n"
+            f"  python generate_speculator.py --eval_mt_bench --compare --speculator_path {args.output_dir}"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -697,15 +378,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
 
     def body() -> int:
-        from recurrent_drafting import distributed
+        from recurrent_drafting import distributed, output_directory, resume
 
         args, training = parse_arguments(argv)
         distributed.check_world(training)
         with distributed.one_voice(training):
             if args.dry_run:
                 return dry_run(args, training)
-            writes = training.should_save and args.phase == "train"
-            with claim_output_dir(args) if writes else nullcontext():
+            if not training.should_save or args.phase == "eval":
+                return execute(args, training, started)
+            path, wanted = Path(args.output_dir), args.resume_from_checkpoint
+            with output_directory.claim(path, goes_on=bool(args.overwrite_output_dir or wanted)):
+                # Before anything is loaded: there must be a checkpoint to go on from.
+                args.resume_from_checkpoint = resume.locate(wanted, path)
                 return execute(args, training, started)
 
     return cli.run(body, debug)

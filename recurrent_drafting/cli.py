@@ -9,7 +9,7 @@ import itertools
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -66,6 +66,22 @@ def user_path(text: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError as error:
         raise UsageError(f"{text} begins with a home that is not on this machine: write the path in full") from error
+
+
+def require_least(values: object, least: Mapping[str, int]) -> None:
+    """Refuse values of flags below the least ones that work.
+
+    Args:
+        values: holds the value of each flag under its name, None where there is none.
+        least: what is accepted at least, by name.
+
+    Raises:
+        UsageError: names flag, least value and value.
+    """
+    for name, minimum in least.items():
+        value = getattr(values, name)
+        if value is not None and value < minimum:
+            raise UsageError(f"--{name} must be >= {minimum}, got {value}")
 
 
 def run(body: Callable[[], int], debug: bool) -> int:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
+from transformers import TrainingArguments
 
-from recurrent_drafting import manifest
+from recurrent_drafting import distributed, manifest
 from recurrent_drafting.data import Collator, EncodedRow, TokenDataset
 from recurrent_drafting.errors import DataError, ResourceError
 from recurrent_drafting.verifier import Verifier
@@ -44,6 +45,10 @@ class CacheCost:
     tokens: int
     bytes: int
     seconds: float
+
+    def describe(self) -> str:
+        """Return the cost in a few words."""
+        return f"{self.tokens} tokens, {self.bytes / 1e6:.0f} MB, about {self.seconds:.0f} s"
 
 
 @dataclass(frozen=True)
@@ -201,6 +206,35 @@ class CachedDataset(TokenDataset):
 
     def __getitem__(self, index: int) -> EncodedRow:
         return replace(self.rows[index], hidden=self._cache.states(index))
+
+
+def store(
+    rows: TokenDataset,
+    verifier: Verifier,
+    directory: Path,
+    training: TrainingArguments,
+    *,
+    rebuild: bool,
+    say: Callable[[str], None],
+) -> CachedDataset:
+    """Compute the missing states once, on rank 0, for all ranks to read.
+
+    Args:
+        rows: the data set.
+        verifier: the base.
+        directory: where shards are; that of rank 0 counts.
+        training: of the run.
+        rebuild: see ``HiddenStateCache.write``.
+        say: told in a line what it takes.
+    """
+
+    def write() -> Path:
+        cache = HiddenStateCache(directory, verifier, rows)
+        say(f"hidden states: {cache.cost().describe()}, in {directory}")
+        cache.write(rebuild=rebuild)
+        return directory
+
+    return CachedDataset(rows, HiddenStateCache(distributed.from_first_rank(training, write), verifier, rows))
 
 
 def _digest(rows: Sequence[EncodedRow], indices: Sequence[int]) -> str:

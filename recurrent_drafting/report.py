@@ -97,6 +97,22 @@ def write(results: Sequence[Result], path: Path) -> None:
     evaluation.write_text(render(results), path)
 
 
+def write_training(history: Sequence[dict[str, Any]], steps: int, evaluations: dict[str, Any], path: Path) -> None:
+    """Write the report of a training run and of what was measured with its drafter.
+
+    Args:
+        history: the trainer's log.
+        steps: optimizer steps of the run.
+        evaluations: results by the names that the reader shall know them by.
+        path: the HTML file.
+
+    Raises:
+        UsageError: the path cannot be written.
+    """
+    named = {"training": {"log_history": history, "global_step": steps}, **evaluations}
+    write([Result.of(name, data) for name, data in named.items()], path)
+
+
 def render(results: Sequence[Result]) -> str:
     """Return the report of some results as HTML."""
     evaluations = [result for result in results if result.kind == "evaluation"]

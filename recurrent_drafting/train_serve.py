@@ -13,19 +13,20 @@ again in float64, and only what differs there as well is an error.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from recurrent_drafting.config import BeamConfig
-from recurrent_drafting.data import Collator, EncodedRow
+from recurrent_drafting.data import Collator, EncodedRow, TokenDataset
 from recurrent_drafting.decoding import SpeculativeDecoder
 from recurrent_drafting.drafter import Drafter
-from recurrent_drafting.errors import DataError, NumericsError
+from recurrent_drafting.errors import DataError, NumericsError, ResourceError
 from recurrent_drafting.metrics import DecodingStats
 from recurrent_drafting.tracking import Table
-from recurrent_drafting.trainer import simulate
+from recurrent_drafting.trainer import DrafterTrainer, simulate
 from recurrent_drafting.verifier import Verifier
 
 _BATCH = 8
@@ -56,6 +57,15 @@ class TrainServeReport:
         text += f"served tau {served.tau:.3f}, steps by accepted length {served.accepted}"
         text += "" if simulated.accepted == served.accepted else f" (simulated {simulated.accepted})"
         return f"{text}, {self.near_ties} rounding near-ties" if self.near_ties else text
+
+    def figures(self) -> dict[str, Any]:
+        """Return the figures by name, beside those of ``DrafterTrainer.evaluate``."""
+        return {
+            "served_prompts": self.prompts,
+            "served_tau": self.served.tau,
+            "served_acceptance_by_depth": self.served.acceptance_by_depth,
+            "served_text_simulated_tau": self.simulated.tau,
+        }
 
 
 def prompts_of(rows: Sequence[EncodedRow], limit: int | None = None) -> list[list[int]]:
@@ -99,6 +109,34 @@ def compare(
         compare(verifier.converted(torch.float64), drafter, differing, beam, max_new_tokens)
         report.near_ties = len(differing)
     return report
+
+
+def compare_rows(
+    trainer: DrafterTrainer, rows: TokenDataset, limit: int | None, max_new_tokens: int, *, say: Callable[[str], None]
+) -> TrainServeReport | None:
+    """Compare on the prompts of evaluation rows, with the drafter and the beams of a trainer.
+
+    Args:
+        trainer: of the run.
+        rows: its evaluation rows.
+        limit: prompts, None for all.
+        max_new_tokens: per prompt.
+        say: told in a line why it cannot be done.
+
+    Returns:
+        The report; None where no row has a prompt, or memory lacks.
+
+    Raises:
+        NumericsError: see ``compare``.
+    """
+    reason = "no evaluation row has a prompt before its reply"
+    if prompts := prompts_of(rows.rows, limit):
+        try:
+            return compare(trainer.verifier, trainer.drafter, prompts, trainer.beam(), max_new_tokens)
+        except ResourceError as error:
+            reason = str(error)
+    say(f"train equals serve: not compared: {reason}")
+    return None
 
 
 def evaluation_table(metrics: dict[str, float], report: TrainServeReport) -> Table:

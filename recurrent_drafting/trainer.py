@@ -20,7 +20,7 @@ from transformers.integrations.integration_utils import WandbCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from recurrent_drafting import beam_search, data, distributed, losses, resume, tracking
-from recurrent_drafting.config import BeamConfig
+from recurrent_drafting.config import BeamConfig, RecurrentDraftingConfig
 from recurrent_drafting.data import TokenDataset
 from recurrent_drafting.draft_tree import DraftTree
 from recurrent_drafting.drafter import Drafter
@@ -136,6 +136,10 @@ class TrainingArguments(transformers.TrainingArguments):
         own = {name for name in TrainingArguments.__annotations__ if name not in _REPORTS}
         values: dict[str, Any] = self.to_dict()  # type: ignore[no-untyped-call]
         return {name: value for name, value in values.items() if name in own or name in DECISIVE}
+
+    def run_record(self, config: RecurrentDraftingConfig, data_fingerprint: str | None) -> dict[str, Any]:
+        """Return what a checkpoint's manifest says about a run with these settings; see ``resume.run_record``."""
+        return resume.run_record(self.decisive(), self.world_size, config, data_fingerprint)
 
 
 @dataclass(frozen=True)
@@ -327,9 +331,7 @@ class DrafterTrainer(ResumableTrainer):
 
     def run_record(self) -> dict[str, Any]:
         """Return what the manifests of this run's checkpoints say about it."""
-        return resume.run_record(
-            self.args.decisive(), self.args.world_size, self.drafter.config, self._data_fingerprint
-        )
+        return self.args.run_record(self.drafter.config, self._data_fingerprint)
 
     @cached_property
     def _data_fingerprint(self) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import subprocess
@@ -132,6 +133,13 @@ def test_debug_adds_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 def test_parse_errors_name_the_nearest_flag(argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     line = parse_error(argv, capsys)
     assert line.startswith(f"error: {expected}") and line.endswith("(see tool.py --help)\n")
+
+
+def test_a_value_below_its_least_is_named() -> None:
+    values = argparse.Namespace(rows=1, steps=None)
+    cli.require_least(values, {"rows": 1, "steps": 5})
+    with pytest.raises(errors.UsageError, match="--rows must be >= 2, got 1"):
+        cli.require_least(values, {"steps": 5, "rows": 2})
 
 
 def test_help_shows_the_defaults_that_say_something() -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 import train_speculator
-from recurrent_drafting import RecurrentDraftingConfig, Verifier, assets, memory, run_guard
+from recurrent_drafting import RecurrentDraftingConfig, Verifier, assets, memory, quick_run, run_guard
 from recurrent_drafting.assets import DEFAULT_BASE
 from recurrent_drafting.checkpoint import load_drafter
 from recurrent_drafting.decoding import check_fit
@@ -583,7 +583,7 @@ def test_defaults_are_those_of_the_classes(base: str) -> None:
 def test_quick_sets_defaults_and_gives_way_to_flags() -> None:
     args, training = train_speculator.parse_arguments(["--quick", "--max_steps", "7", "--dataset_name", "x.jsonl"])
     assert (args.llm_name_or_path, args.dataset_name) == (DEFAULT_BASE, "x.jsonl")
-    assert (training.max_steps, training.learning_rate) == (7, train_speculator.QUICK["learning_rate"])
+    assert (training.max_steps, training.learning_rate) == (7, quick_run.SETTINGS["learning_rate"])
 
 
 def test_a_second_quick_run_gets_a_directory_of_its_own() -> None:
