@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,9 +70,7 @@ def draft(  # noqa: PLR0913, PLR0917 - six that say what to draft, one that says
         values, draft_ids = _expand(logits, width, depth, coupling)
         # NaN, and infinity less infinity; a filtered token's -inf is none of them.
         sound = sound & ~values.isnan().flatten(1).any(dim=1)
-        totals = (scores.unsqueeze(2) + values).flatten(1)
-        totals = torch.nan_to_num(totals, nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
-        scores, best = totals.topk(width, dim=1)
+        scores, best = _best(scores.unsqueeze(2) + values, width)
         parents = best // width
         tokens = drafter.draft_token_ids[draft_ids.flatten(1).gather(1, best)]
         kept.append((tokens, parents, scores))
@@ -81,10 +79,7 @@ def draft(  # noqa: PLR0913, PLR0917 - six that say what to draft, one that says
                 break
             index = parents.unsqueeze(2).expand(-1, -1, state.shape[2])
             state = drafter.advance(state.gather(1, index), embed(tokens))
-    stacked = [torch.stack(parts, dim=1) for parts in zip(*kept, strict=True)]
-    # A row whose logits were not finite at any depth proposes nothing: its beams never become valid nodes.
-    log_probs = torch.where(sound.view(-1, 1, 1), stacked[2], -torch.inf)
-    return Beams(tokens=stacked[0], parents=stacked[1], log_probs=log_probs)
+    return _stacked(kept, sound)
 
 
 def _expand(logits: Tensor, width: int, depth: int, coupling: Coupling | None) -> tuple[Tensor, Tensor]:
@@ -97,3 +92,18 @@ def _expand(logits: Tensor, width: int, depth: int, coupling: Coupling | None) -
         logits = (coupling.sharpness * warped + coupling.noise[:, depth].unsqueeze(1).float()) / coupling.temperature
     values, draft_ids = logits.topk(width, dim=-1)
     return values - logits.logsumexp(dim=-1, keepdim=True), draft_ids
+
+
+def _best(totals: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Return the ``width`` best of all expansions ``[B, W', W]``: scores and places among them ``[B, W]``."""
+    finite = torch.nan_to_num(totals.flatten(1), nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+    scores, places = finite.topk(width, dim=1)
+    return scores, places
+
+
+def _stacked(kept: Sequence[tuple[Tensor, Tensor, Tensor]], sound: Tensor) -> Beams:
+    """Put the depths together: tokens, parents and scores of each ``[B, W]``; ``sound`` is bool ``[B]``."""
+    tokens, parents, scores = (torch.stack(parts, dim=1) for parts in zip(*kept, strict=True))
+    # A row whose logits were not finite at any depth proposes nothing: its beams never become valid nodes.
+    log_probs = torch.where(sound.view(-1, 1, 1), scores, -torch.inf)
+    return Beams(tokens=tokens, parents=parents, log_probs=log_probs)

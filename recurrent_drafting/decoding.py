@@ -224,20 +224,22 @@ class _Decoder(ABC):
         limits = self._limits(prompts, max_new_tokens)
         replies = [_Reply(row, limit, frozenset(eos), stop) for row, limit in enumerate(limits)]
         stats = DecodingStats(rows=len(prompts))
-        if streamer is not None:
-            streamer.put(torch.tensor(prompts[0]))
+        _stream(streamer, prompts[0])
         if max_new_tokens:
             requests = list(range(len(prompts))) if request_ids is None else list(request_ids)
             sampler = Sampler(sampling, prompts, requests, eos, self.verifier.vocab_size, self.verifier.device)
-            batch = self._prefill(prompts, replies, sampler, stats)
-            _stream(streamer, replies[0].tokens)
-            batch.drop_finished()
-            while batch.replies:
-                tokens = self._step(batch, stats)
-                _stream(streamer, tokens)
+            self._finish(self._prefill(prompts, replies, sampler, stats), stats, streamer)
         if streamer is not None:
             streamer.end()
         return _collect(replies, stats, time.perf_counter() - start)
+
+    def _finish(self, batch: _Batch, stats: DecodingStats, streamer: Streamer | None) -> None:
+        """Go on after the prefill until the reply of every row has ended."""
+        _stream(streamer, batch.replies[0].tokens)
+        batch.drop_finished()
+        while batch.replies:
+            tokens = self._step(batch, stats)
+            _stream(streamer, tokens)
 
     def _prefill(
         self, prompts: list[list[int]], replies: list[_Reply], sampler: Sampler, stats: DecodingStats

@@ -150,10 +150,35 @@ def join(beams: Beams, copies: Copies) -> Beams:
     Returns:
         Beams ``[B, max(L, M), W + 1]``; the last column holds what is copied alone.
     """
-    batch, length, width = beams.tokens.shape
+    length, width = beams.tokens.shape[1:]
     missing = max(length - copies.tokens.shape[1], 0)
     tokens = functional.pad(copies.tokens, (0, missing))
     log_repeat = functional.pad(copies.log_probs, (0, missing), value=-torch.inf)
+    columns, log_probs, pooled = _pool(beams, tokens, log_repeat)
+    tail = tokens.shape[1] - length
+    alone = functional.pad(columns, (0, tail), value=width)[:, : length + tail]
+    deeper = pooled.unsqueeze(1) + log_repeat[:, length:].cumsum(dim=1)
+    return Beams(
+        tokens=torch.cat([functional.pad(beams.tokens, (0, 0, 0, tail)), tokens.unsqueeze(2)], dim=2),
+        parents=torch.cat([functional.pad(beams.parents, (0, 0, 0, tail)), alone.unsqueeze(2)], dim=2),
+        log_probs=torch.cat([log_probs, functional.pad(deeper.unsqueeze(2), (width, 0), value=-torch.inf)], dim=1),
+    )
+
+
+def _pool(beams: Beams, tokens: Tensor, log_repeat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Follow the copied text down the drafter's beams, and pool both probabilities of its tokens.
+
+    Args:
+        beams: of the beam search, ``[B, L, W]``.
+        tokens: the copied text, ``[B, M]`` with M >= L.
+        log_repeat: log-probability of each token as the repeat gives it, ``[B, M]``.
+
+    Returns:
+        Columns of the copied text's nodes at depths 0 .. L, ``[B, L + 1]``, W where the drafter does not have them;
+        path log-probabilities of the beams, and of what is copied alone, ``[B, L, W + 1]``; that of the copied path
+        at depth L, ``[B]``.
+    """
+    batch, length, width = beams.tokens.shape
     # Of the copied text's node at the depth before: its column, whether the drafter has it too, and its path
     # log-probability as the drafter has it and as pooled.
     column = torch.zeros_like(tokens[:, 0])
@@ -179,16 +204,7 @@ def join(beams: Beams, copies: Copies) -> Beams:
         paths = torch.minimum(drafted + moved, paths.gather(1, parents))
         kept.append(torch.cat([paths, torch.where(hit, -torch.inf, pooled).unsqueeze(1)], dim=1))
         own, column, shared = torch.where(hit, own_here, own), torch.where(hit, at, width), shared & hit
-    tail = tokens.shape[1] - length
-    alone = functional.pad(torch.stack([*columns, column], dim=1), (0, tail), value=width)[:, : length + tail]
-    deeper = pooled.unsqueeze(1) + log_repeat[:, length:].cumsum(dim=1)
-    return Beams(
-        tokens=torch.cat([functional.pad(beams.tokens, (0, 0, 0, tail)), tokens.unsqueeze(2)], dim=2),
-        parents=torch.cat([functional.pad(beams.parents, (0, 0, 0, tail)), alone.unsqueeze(2)], dim=2),
-        log_probs=torch.cat(
-            [torch.stack(kept, dim=1), functional.pad(deeper.unsqueeze(2), (width, 0), value=-torch.inf)], dim=1
-        ),
-    )
+    return torch.stack([*columns, column], dim=1), torch.stack(kept, dim=1), pooled
 
 
 def best_chain(beams: Beams, copies: Copies) -> tuple[Tensor, Tensor]:
