@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from recurrent_drafting import assets, cli, data
+from recurrent_drafting import assets, cli, data, manifest
 from recurrent_drafting.config import SamplingConfig
 from recurrent_drafting.data import Conversation, EncodedRow
 from recurrent_drafting.decoding import AutoregressiveDecoder
@@ -265,8 +265,7 @@ class SelfData:
             _write_json(path, wanted)
             return
         found = json.loads(path.read_text())
-        pairs = [(name, found.get(name), value) for name, value in wanted.items()]
-        changed = [f"{name} {before!r}, now {value!r}" for name, before, value in pairs if before != value]
+        changed = manifest.differences({name: found.get(name) for name in wanted}, wanted)
         if changed:
             raise UsageError(f"{directory} was begun with {'; '.join(changed)}; repeat those or name another directory")
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from recurrent_drafting import file_lock
+from recurrent_drafting import file_lock, manifest
 from recurrent_drafting.errors import DataError, ModelError, UsageError
 
 _SUFFIX = ".progress.jsonl"
@@ -104,7 +104,7 @@ class EvaluationLog:
 
     def _require_same(self, first: Mapping[str, Any], identity: dict[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = first["identity"]
-        changed = differences(found, json.loads(json.dumps(identity)))
+        changed = manifest.differences(found, json.loads(json.dumps(identity)))
         if changed:
             raise ModelError(
                 f"{self.path} holds {len(self.entries)} finished batches of a run with {'; '.join(changed)}; repeat "
@@ -135,20 +135,3 @@ def opened(path: Path, identity: dict[str, Any]) -> Iterator[EvaluationLog]:
         if not file_lock.acquire(file.fileno(), path):
             raise UsageError(f"{path} is in use by another run; wait for it, or name another --output_file")
         yield EvaluationLog(path, file, identity)
-
-
-def differences(found: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return what differs between two nested records, one text for each value."""
-    before, after = dict(_flat(found)), dict(_flat(now))
-    names = dict.fromkeys([*before, *after])
-    return [
-        f"{name} {before.get(name)!r}, now {after.get(name)!r}" for name in names if before.get(name) != after.get(name)
-    ]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value

@@ -145,6 +145,30 @@ def read_json(path: Path) -> Any:
         raise ValueError("expected flat JSON, found values nested too deeply") from error
 
 
+def differences(found: Mapping[str, Any], now: Mapping[str, Any], *, known_only: bool = False) -> list[str]:
+    """Return what differs between the record of a run and that of another, one text for each value.
+
+    Args:
+        found: the record on disk.
+        now: of the run that wants to go on.
+        known_only: pass over what ``found`` says nothing of, as the record of an older version does.
+    """
+    compared = {name: value for name, value in now.items() if name in found} if known_only else now
+    before, after = dict(_flat(found)), dict(_flat(compared))
+    names = dict.fromkeys([*before, *after])
+    return [
+        f"{name} {before.get(name)!r}, now {after.get(name)!r}" for name in names if before.get(name) != after.get(name)
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
 def _digest(manifest: Mapping[str, Any]) -> str:
     """Return the SHA-256 of a manifest's own content."""
     content = {name: value for name, value in manifest.items() if name != _OWN}

@@ -114,18 +114,17 @@ def _require_same_run(path: Path, found: Mapping[str, Any], record: Mapping[str,
         )
     now = json.loads(json.dumps(record["run"]))
     data, data_now = found["fingerprints"]["data"], record["fingerprints"]["data"]
+    parts = (
+        (found["run"]["drafter"], now["drafter"]),
+        (found["run"]["settings"], now["settings"]),
+        ({"world_size": found["run"]["world_size"]}, now),
+    )
     changed = [
-        *_differences(found["run"]["drafter"], now["drafter"]),
-        *_differences(found["run"]["settings"], now["settings"]),
-        *_differences({"world_size": found["run"]["world_size"]}, now),
+        *(text for before, after in parts for text in manifest.differences(before, after, known_only=True)),
         *([f"data {data[:12]}, now {data_now[:12]}"] if data and data_now and data != data_now else []),
     ]
     if changed:
         raise ModelError(f"{path} was begun with {'; '.join(changed)}; repeat those or begin a new run")
-
-
-def _differences(found: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    return [f"{name} {value!r}, now {now.get(name)!r}" for name, value in found.items() if now.get(name) != value]
 
 
 def rotate(saved: Path, limit: int | None, best: str | None) -> None:
