@@ -183,6 +183,15 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file)
 
 
+def source_of(name_or_path: str) -> str:
+    """Return what a base is loaded from: the directory of a packaged model, any other path or hub id as it is.
+
+    Raises:
+        NetworkError, ResourceError, ModelError: see ``model_directory``.
+    """
+    return str(model_directory(name_or_path)) if is_asset(name_or_path) else name_or_path
+
+
 def asset_fingerprint(directory: Path) -> str | None:
     """Return the SHA-256 of the packaged file that a model directory was made from, else None."""
     path = directory / _RECORD

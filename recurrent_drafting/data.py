@@ -677,7 +677,7 @@ def load_tokenizer(name_or_path: str, revision: str | None = None, *, trust_remo
     Raises:
         DataError: there is none.
     """
-    source = str(assets.model_directory(name_or_path)) if assets.is_asset(name_or_path) else name_or_path
+    source = assets.source_of(name_or_path)
     try:
         if (file := Path(source) / "tokenizer.json").exists():
             manifest.read_json(file)

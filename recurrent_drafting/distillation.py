@@ -826,7 +826,7 @@ def make_engine(name: str, model: str) -> Engine:
         raise UsageError("--engine vllm: vLLM is not installed; install it or use --engine transformers")
     if name == "transformers" or not installed:
         return TransformersEngine(Verifier.from_pretrained(model))
-    return VllmEngine(str(assets.model_directory(model)) if assets.is_asset(model) else model)
+    return VllmEngine(assets.source_of(model))
 
 
 def build_parser() -> cli.ArgumentParser:
@@ -867,10 +867,9 @@ def execute(args: argparse.Namespace) -> int:
         SelfData(make_engine(args.engine, name), tokenizer, config, name, turns).write(args.output_dir)
     if args.pack:
         rows, report = load_rows(args.output_dir, tokenizer, args.pack_reply_tokens, turns)
-        directory = assets.model_directory(name) if assets.is_asset(name) else Path(name)
         settings = {
             **json.loads((args.output_dir / _SETTINGS).read_text()),
-            "fingerprint": assets.asset_fingerprint(directory),
+            "fingerprint": assets.asset_fingerprint(Path(assets.source_of(name))),
         }
         pack(rows, report, args.pack, settings)
         logger.info("%s: %s, %d reply tokens", args.pack, report, sum(sum(row.loss_mask) for row in rows))

@@ -107,7 +107,7 @@ class Verifier:
         """
         place = resolve_device(device)
         kind = resolve_dtype(dtype, place)
-        source = str(assets.model_directory(name_or_path)) if assets.is_asset(name_or_path) else name_or_path
+        source = assets.source_of(name_or_path)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         model = _load(source, kind, options)
         nn.Module.to(model, place)

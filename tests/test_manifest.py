@@ -154,6 +154,15 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object], *, honest: bo
     path.write_text(json.dumps(record))
 
 
+def test_differences_name_every_value_of_nested_records() -> None:
+    found = {"a": 1, "b": {"c": [1], "d": {}}, "gone": 2}
+    now = {"a": 1, "b": {"c": [2], "d": {"e": 3}}, "new": 4}
+    changed = ["b.c [1], now [2]", "b.d {}, now None", "gone 2, now None", "b.d.e None, now 3"]
+    assert manifest.differences(found, now) == [*changed, "new None, now 4"]
+    assert manifest.differences(found, now, known_only=True) == changed
+    assert manifest.differences(found, dict(found)) == []
+
+
 def test_a_manifest_that_was_changed_or_comes_from_the_future(folder: Path) -> None:
     edit(folder, lambda record: record.update(fingerprints={"data": "d5"}), honest=False)
     with pytest.raises(ModelError, match="the manifest is damaged"):
