@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def table(directory: Path) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, measure the rows that are missing, print the table."""
     parser = cli.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base_model", default=DEFAULT_BASE)
@@ -156,7 +157,7 @@ def main() -> int:
     parser.add_argument("--new_tokens", type=int, default=96)
     parser.add_argument("--max_tree_nodes", type=int, nargs="+", default=[8, 16, 0], help="0 is the full tree")
     parser.add_argument("--model_max_length", type=int, default=512)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.manual_seed(0)
     verifier, tokenizer = Verifier.from_pretrained(args.base_model), data.load_tokenizer(args.base_model)
     prompts = held_out(args, verifier, tokenizer)

@@ -12,25 +12,23 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+import harness
 from recurrent_drafting import (
     SamplingConfig,
     SpeculativeDecoder,
     Verifier,
     acceptance,
     cli,
-    data,
-    evaluation,
     plots,
     report,
 )
 from recurrent_drafting.acceptance import Acceptance
-from recurrent_drafting.assets import DEFAULT_BASE
 from recurrent_drafting.checkpoint import load_drafter
 from recurrent_drafting.draft_tree import DraftTree
 from recurrent_drafting.sampling import Sampler
@@ -78,9 +76,7 @@ class Observer:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Decode the prompts at every temperature and watch the walk."""
     verifier = Verifier.from_pretrained(args.base_model, args.dtype)
-    tokenizer = data.load_tokenizer(args.base_model)
-    questions, _ = evaluation.load_questions("mt-bench", args.prompts, spread=True)
-    prompts = [data.render(tokenizer, [{"role": "user", "content": q.turns[0]}], ask=True) for q in questions]
+    prompts = harness.mt_bench_prompts(args.base_model, args.prompts)
     drafter = load_drafter(args.speculator_path)
     decoder = SpeculativeDecoder(verifier, drafter, replace(drafter.config.beam, max_nodes=args.max_tree_nodes))
     curves = {}
@@ -98,11 +94,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             acceptance.walk = observer._walk
         curves[str(temperature)] = observer.summary()
     return {
-        "command": f"python benchmarks/calibration.py --dtype {args.dtype} --prompts {args.prompts} "
-        f"--new_tokens {args.new_tokens} --max_tree_nodes {args.max_tree_nodes} "
-        f"--temperatures {' '.join(map(str, args.temperatures))}",
-        "base_model": args.base_model,
-        "machine": evaluation.machine(),
+        **harness.head(__file__, args, "dtype", "prompts", "new_tokens", "max_tree_nodes", "temperatures"),
         "temperatures": curves,
     }
 
@@ -119,20 +111,13 @@ def plot(record: dict[str, Any]) -> str:
     return report.page("Reliability of path probabilities", [figure])
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, measure, print and write."""
-    parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("--base_model", default=DEFAULT_BASE)
-    parser.add_argument("--speculator_path", required=True)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--prompts", type=int, default=80)
-    parser.add_argument("--new_tokens", type=int, default=64)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--max_tree_nodes", type=int, default=41)
+    parser = harness.build_parser(
+        __doc__, dtype="auto", prompts=80, new_tokens=64, batch_size=8, max_tree_nodes=41, bins=10
+    )
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
-    parser.add_argument("--bins", type=int, default=10)
-    parser.add_argument("--output", type=Path, help="JSON; the plot goes beside it")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     record = measure(args)
     for name, curve in record["temperatures"].items():
         print(
@@ -141,9 +126,7 @@ def main() -> int:
         )
         for predicted, accepted, nodes in zip(curve["predicted"], curve["accepted"], curve["nodes"], strict=True):
             print(f"  predicted {predicted:.3f}  accepted {accepted:.3f}  nodes {nodes}")
-    if args.output:
-        evaluation.write_json(record, args.output)
-        evaluation.write_text(plot(record), args.output.with_suffix(".html"))
+    harness.write(record, args.output, plot)
     return 0
 
 

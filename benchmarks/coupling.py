@@ -11,13 +11,18 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+import harness
 from recurrent_drafting import SamplingConfig, Verifier, cli, data, evaluation
-from recurrent_drafting.assets import DEFAULT_BASE
 from recurrent_drafting.checkpoint import load_drafter
+
+_SETTINGS = (
+    *("dtype", "prompts", "new_tokens", "batch_size", "max_tree_nodes"),
+    *("lookup_length", "temperatures", "strengths", "seed"),
+)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -47,55 +52,27 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 {"temperature": temperature, "coupling": strength, **{name: summary[name] for name in names}},
             )
     return {
-        "command": "python benchmarks/coupling.py "
-        + " ".join(f"--{name} {_words(getattr(args, name))}" for name in _SETTINGS if getattr(args, name) is not None),
-        "base_model": args.base_model,
-        "machine": evaluation.machine(),
+        **harness.head(__file__, args, *_SETTINGS),
         "rows": rows,
     }
 
 
-_SETTINGS = (
-    "dtype",
-    "prompts",
-    "new_tokens",
-    "batch_size",
-    "max_tree_nodes",
-    "lookup_length",
-    "temperatures",
-    "strengths",
-    "seed",
-)
-
-
-def _words(value: Any) -> str:
-    return " ".join(str(item) for item in value) if isinstance(value, list) else str(value)
-
-
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, measure, print and write."""
-    parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("--base_model", default=DEFAULT_BASE)
-    parser.add_argument("--speculator_path", required=True)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--prompts", type=int, default=80)
-    parser.add_argument("--new_tokens", type=int, default=64)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--max_tree_nodes", type=int, default=16)
+    parser = harness.build_parser(
+        __doc__, dtype="auto", prompts=80, new_tokens=64, batch_size=8, max_tree_nodes=16, seed=1
+    )
     parser.add_argument("--lookup_length", type=int, help="default: the drafter's own")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.3, 0.7, 1.0])
     parser.add_argument(
         "--strengths", type=float, nargs="+", default=[0.0, 1.0], help="0 is off; else the drafter's error temperature"
     )
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     record = measure(args)
     for row in record["rows"]:
         depths = " ".join(f"{share:.2f}" for share in row["acceptance_by_depth"])
         print(f"temperature {row['temperature']}, coupling {row['coupling']}: tau {row['tau']:.3f}, by depth {depths}")
-    if args.output:
-        evaluation.write_json(record, args.output)
+    harness.write(record, args.output)
     return 0
 
 

@@ -18,20 +18,22 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+import harness
 import recurrent_drafting
-from recurrent_drafting import AutoregressiveDecoder, Verifier, cli, data, distillation, evaluation, lossless
+from recurrent_drafting import AutoregressiveDecoder, Verifier, cli, data, distillation, lossless
 from recurrent_drafting.assets import DEFAULT_BASE
 from recurrent_drafting.data import EncodedRow
 from recurrent_drafting.distillation import DistilConfig
 
 PACKAGED = Path(recurrent_drafting.__file__).parent / "data" / f"{DEFAULT_BASE}-self.safetensors"
+_SETTINGS = ("dtype", "rows", "positions", "rounds", *asdict(DistilConfig()))
 
 
 @dataclass
@@ -162,13 +164,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     groups = {"greedy replies": True, "sampled replies": False}
     kinds = {name: [found for found in measured if found.row.greedy is kind] for name, kind in groups.items()}
     return {
-        "command": f"python benchmarks/distilled_targets.py --dtype {args.dtype} --rows {args.rows} --positions "
-        f"{args.positions} --rounds {args.rounds} --num_future_tokens {args.num_future_tokens} --temperature "
-        f"{args.temperature} --seed {args.seed}",
-        "base_model": args.base_model,
+        **harness.head(__file__, args, *_SETTINGS),
         "data": args.data.name,
         "dtype": args.dtype,
-        "machine": evaluation.machine(),
         "all rows": summary(measured),
         **{name: summary(found) for name, found in kinds.items() if found},
         "tokens": {
@@ -196,17 +194,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def build_parser() -> cli.ArgumentParser:
     """Describe the command line."""
-    parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("--base_model", default=DEFAULT_BASE)
+    parser = harness.build_parser(__doc__, drafter=False, dtype="fp32", rows=24, **asdict(DistilConfig()))
     parser.add_argument("--data", type=Path, default=PACKAGED, help="packed self-written rows")
-    parser.add_argument("--dtype", default="fp32")
-    parser.add_argument("--rows", type=int, default=24)
     parser.add_argument("--positions", type=int, default=16, help="per row, at which generate runs; 0 is all")
     parser.add_argument("--rounds", type=int, default=3, help="times that a whole row is distilled")
-    parser.add_argument("--num_future_tokens", type=int, default=DistilConfig.num_future_tokens)
-    parser.add_argument("--temperature", type=float, default=DistilConfig.temperature)
-    parser.add_argument("--seed", type=int, default=DistilConfig.seed)
-    parser.add_argument("--output", type=Path)
     return parser
 
 
@@ -217,8 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in record:
         if name not in ("per_row", "machine"):
             print(f"{name}: {record[name]}")
-    if args.output:
-        evaluation.write_json(record, args.output)
+    harness.write(record, args.output)
     return 0
 
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
+import harness
 from recurrent_drafting import SamplingConfig, Verifier, cli, data, evaluation
-from recurrent_drafting.assets import DEFAULT_BASE
 from recurrent_drafting.checkpoint import load_drafter
 
 SETTINGS = {
@@ -74,11 +74,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     tokenizer = data.load_tokenizer(args.base_model)
     drafter = load_drafter(args.speculator_path)
     record: dict[str, Any] = {
-        "command": f"python benchmarks/mt_bench_identity.py --dtype {args.dtype} --prompts {args.prompts} "
-        f"--batch_size {args.batch_size} --prompts_alone {args.prompts_alone} --new_tokens {args.new_tokens} "
-        f"--max_tree_nodes {args.max_tree_nodes}",
-        "base_model": args.base_model,
-        "machine": evaluation.machine(),
+        **harness.head(
+            __file__, args, "dtype", "prompts", "batch_size", "prompts_alone", "new_tokens", "max_tree_nodes"
+        ),
         "cases": {},
     }
     if args.output and args.output.exists():
@@ -88,24 +86,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for case in cases(args):
         if case.prompts and case.key not in record["cases"]:
             record["cases"][case.key] = run(case, args, verifier, tokenizer, drafter)
-            if args.output:
-                evaluation.write_json(record, args.output)
+            harness.write(record, args.output)
     return record
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, run, print; fail on a structural difference."""
-    parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("--base_model", default=DEFAULT_BASE)
-    parser.add_argument("--speculator_path", required=True)
-    parser.add_argument("--dtype", default="fp32")
-    parser.add_argument("--prompts", type=int, default=80)
-    parser.add_argument("--batch_size", type=int, default=8)
+    parser = harness.build_parser(__doc__, dtype="fp32", prompts=80, batch_size=8, new_tokens=128, max_tree_nodes=8)
     parser.add_argument("--prompts_alone", type=int, default=16, help="prompts decoded one by one as well")
-    parser.add_argument("--new_tokens", type=int, default=128)
-    parser.add_argument("--max_tree_nodes", type=int, default=8)
-    parser.add_argument("--output", type=Path)
-    record = measure(parser.parse_args())
+    record = measure(parser.parse_args(argv))
     structural = 0
     for key, case in record["cases"].items():
         structural += case["structural"]

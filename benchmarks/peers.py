@@ -29,6 +29,7 @@ import torch
 from tqdm import tqdm
 from transformers import DynamicCache
 
+import harness
 from recurrent_drafting import (
     AutoregressiveDecoder,
     SamplingConfig,
@@ -36,12 +37,10 @@ from recurrent_drafting import (
     Verifier,
     assets,
     cli,
-    data,
     evaluation,
     plots,
     report,
 )
-from recurrent_drafting.assets import DEFAULT_BASE
 from recurrent_drafting.checkpoint import load_drafter
 from recurrent_drafting.errors import ResourceError
 from recurrent_drafting.metrics import DecodingStats
@@ -49,6 +48,10 @@ from recurrent_drafting.tree_budget import LatencyTable
 
 WORKER = Path(__file__).with_name("peer_worker.py")
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_SETTINGS = (
+    *("dtype", "temperature", "batch_size", "prompts", "new_tokens", "rounds"),
+    *("prompt_lookup", "max_tree_nodes"),
+)
 Batch = list[list[int]]
 Answer = tuple[list[list[int]], float]
 
@@ -212,8 +215,7 @@ def start_workers(verifier: Verifier, args: argparse.Namespace, workers: dict[st
         args: of the run.
         workers: takes in each as it starts, so that it can be ended even if the next one fails.
     """
-    base = args.base_model
-    model = str(assets.model_directory(base)) if assets.is_asset(base) else base
+    model = assets.source_of(args.base_model)
     dtype, threads = DTYPES[verifier.dtype], str(torch.get_num_threads())
     commands = {
         "vllm": (args.vllm_python, [model, dtype], "--vllm_python PYTHON"),
@@ -301,9 +303,7 @@ def efficiency(speedup: float, speculative: SpeculativeDecoder, tau: float, node
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Run all methods and compare."""
     verifier = Verifier.from_pretrained(args.base_model, args.dtype)
-    tokenizer = data.load_tokenizer(args.base_model)
-    questions, _ = evaluation.load_questions("mt-bench", args.prompts, spread=True)
-    prompts = [data.render(tokenizer, [{"role": "user", "content": q.turns[0]}], ask=True) for q in questions]
+    prompts = harness.mt_bench_prompts(args.base_model, args.prompts)
     batches = [prompts[start : start + args.batch_size] for start in range(0, len(prompts), args.batch_size)]
     workers: dict[str, Worker] = {}
     try:
@@ -328,13 +328,7 @@ def _record(
     rivals = {name: ratio(ours, method) for name, method in methods.items() if name != "speculative"}
     stats = counted.stats
     return {
-        "command": f"python benchmarks/peers.py --dtype {args.dtype} --temperature {args.temperature} "
-        f"--batch_size {args.batch_size} --prompts {args.prompts} --new_tokens {args.new_tokens} "
-        f"--rounds {args.rounds}"
-        + (" --prompt_lookup" if args.prompt_lookup else "")
-        + ("" if args.max_tree_nodes is None else f" --max_tree_nodes {args.max_tree_nodes}"),
-        "base_model": args.base_model,
-        "machine": evaluation.machine(),
+        **harness.head(__file__, args, *_SETTINGS),
         "tokens_per_second": {
             name: spread(
                 [count / s for count, row in zip(m.tokens, m.seconds, strict=True) for s in row],
@@ -398,33 +392,24 @@ def plot(record: dict[str, Any]) -> str:
 
 def build_parser() -> cli.ArgumentParser:
     """Describe the command line."""
-    parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("--base_model", default=DEFAULT_BASE)
-    parser.add_argument("--speculator_path", required=True)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--batch_size", type=int, default=1)
+    parser = harness.build_parser(
+        __doc__, dtype="auto", temperature=0.0, batch_size=1, prompts=16, new_tokens=128, rounds=3
+    )
     parser.add_argument("--max_tree_nodes", type=int, help="default: chosen by cost")
-    parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--new_tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompt_lookup", action="store_true", help="transformers' prompt lookup too")
     parser.add_argument("--vllm_python", help="interpreter that has vLLM")
     parser.add_argument("--ngram", action="store_true", help="vLLM with its own n-gram drafts too")
     parser.add_argument("--llama_python", help="interpreter that has llama-cpp-python")
     parser.add_argument("--gguf", help="the base in llama.cpp's format")
-    parser.add_argument("--output", type=Path, help="JSON; the plot goes beside it")
     return parser
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, measure, print and write."""
-    args = build_parser().parse_args()
+    args = build_parser().parse_args(argv)
     record = measure(args)
     print(show(record))
-    if args.output:
-        evaluation.write_json(record, args.output)
-        evaluation.write_text(plot(record), args.output.with_suffix(".html"))
+    harness.write(record, args.output, plot)
     return 0
 
 

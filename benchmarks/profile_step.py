@@ -14,30 +14,30 @@ import argparse
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+import harness
 from recurrent_drafting import (
     AutoregressiveDecoder,
     SamplingConfig,
     SpeculativeDecoder,
     Verifier,
     cli,
-    data,
-    evaluation,
     plots,
     report,
 )
-from recurrent_drafting.assets import DEFAULT_BASE
 from recurrent_drafting.checkpoint import load_drafter
 from recurrent_drafting.metrics import PHASES, DecodingStats
 
 STEP_PHASES = tuple(name for name in PHASES if name != "prefill")
 _BARE_FORWARDS = 8
+# The base, the decoder, and the prompts.
+Tools = tuple[Verifier, SpeculativeDecoder, list[list[int]]]
 
 
 @torch.inference_mode()
@@ -59,11 +59,9 @@ def bare_forward(verifier: Verifier, rows: int, nodes: int, prefix: int) -> floa
     return statistics.median(seconds[1:])
 
 
-def profile(args: argparse.Namespace, rows: int, tools: tuple[Verifier, SpeculativeDecoder, Any]) -> dict[str, Any]:
+def profile(args: argparse.Namespace, rows: int, tools: Tools) -> dict[str, Any]:
     """Decode some prompts ``rows`` at a time, baseline and speculative in turn, and split a step's time."""
-    verifier, decoder, tokenizer = tools
-    questions, _ = evaluation.load_questions("mt-bench", args.prompts, spread=True)
-    prompts = [data.render(tokenizer, [{"role": "user", "content": q.turns[0]}], ask=True) for q in questions]
+    verifier, decoder, prompts = tools
     batches = [prompts[start : start + rows] for start in range(0, len(prompts), rows)]
     sampling = SamplingConfig(temperature=args.temperature, seed=1)
     methods = {"baseline": AutoregressiveDecoder(verifier), "speculative": decoder}
@@ -103,13 +101,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     verifier = Verifier.from_pretrained(args.base_model, args.dtype)
     drafter = load_drafter(args.speculator_path)
     decoder = SpeculativeDecoder(verifier, drafter, replace(drafter.config.beam, max_nodes=args.max_tree_nodes))
-    tools = (verifier, decoder, data.load_tokenizer(args.base_model))
+    tools = (verifier, decoder, harness.mt_bench_prompts(args.base_model, args.prompts))
     return {
-        "command": f"python benchmarks/profile_step.py --dtype {args.dtype} --temperature {args.temperature} "
-        f"--batch_sizes {' '.join(map(str, args.batch_sizes))} --max_tree_nodes {args.max_tree_nodes} "
-        f"--prompts {args.prompts} --new_tokens {args.new_tokens}",
-        "base_model": args.base_model,
-        "machine": evaluation.machine(),
+        **harness.head(
+            __file__, args, "dtype", "temperature", "batch_sizes", "max_tree_nodes", "prompts", "new_tokens"
+        ),
         "batches": {str(rows): profile(args, rows, tools) for rows in args.batch_sizes},
     }
 
@@ -139,24 +135,14 @@ def plot(record: dict[str, Any]) -> str:
     return report.page("Where a decoding step's time goes", [figure])
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, measure, print and write."""
-    parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("--base_model", default=DEFAULT_BASE)
-    parser.add_argument("--speculator_path", required=True)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--temperature", type=float, default=0.0)
+    parser = harness.build_parser(__doc__, dtype="auto", temperature=0.0, max_tree_nodes=16, prompts=8, new_tokens=48)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 8])
-    parser.add_argument("--max_tree_nodes", type=int, default=16)
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--new_tokens", type=int, default=48)
-    parser.add_argument("--output", type=Path, help="JSON; the plot goes beside it")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     record = measure(args)
     print(table(record))
-    if args.output:
-        evaluation.write_json(record, args.output)
-        evaluation.write_text(plot(record), args.output.with_suffix(".html"))
+    harness.write(record, args.output, plot)
     return 0
 
 

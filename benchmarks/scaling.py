@@ -17,12 +17,14 @@ import json
 import math
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from ablations import HELD_OUT_ROWS, decode, make_recipe, train, write_row
 
+import harness
+from ablations import HELD_OUT_ROWS, decode, make_recipe, train, write_row
 from recurrent_drafting import Verifier, cli, data, distillation, evaluation, plots, report
 from recurrent_drafting.assets import DEFAULT_BASE
 
@@ -105,7 +107,7 @@ def plot(records: list[dict[str, Any]]) -> str:
     return report.page("Tau against data and compute", [figure])
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, measure the sizes that are missing, print the table and draw the curve."""
     parser = cli.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base_model", default=DEFAULT_BASE)
@@ -117,11 +119,10 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=80, help="MT-Bench first turns")
     parser.add_argument("--new_tokens", type=int, default=96)
     parser.add_argument("--max_tree_nodes", type=int, nargs="+", default=[8, 16, 0], help="0 is the full tree")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.manual_seed(0)
     verifier, tokenizer = Verifier.from_pretrained(args.base_model), data.load_tokenizer(args.base_model)
-    questions, _ = evaluation.load_questions("mt-bench", args.prompts, spread=True)
-    prompts = [data.render(tokenizer, [{"role": "user", "content": q.turns[0]}], ask=True) for q in questions]
+    prompts = harness.mt_bench_prompts(args.base_model, args.prompts)
     total = len(distillation.self_rows(verifier, tokenizer, Path(), None)) - HELD_OUT_ROWS
     for share in sorted(args.sizes):
         print(measure(args, round(share * total), verifier, prompts), flush=True)

@@ -15,12 +15,14 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
+import harness
 from recurrent_drafting import (
     Drafter,
     DrafterTrainer,
@@ -30,9 +32,7 @@ from recurrent_drafting import (
     cli,
     data,
     distillation,
-    evaluation,
 )
-from recurrent_drafting.assets import DEFAULT_BASE
 from recurrent_drafting.hidden_cache import CachedDataset, HiddenStateCache
 from recurrent_drafting.trainer import Supervision, choose_draft_vocabulary, initialise_from_verifier
 
@@ -161,33 +161,22 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     share = training["operations_per_position"] * training["positions_per_second"] / rate
     training["share_of_matrix_rate"] = share
     return {
-        "command": f"python benchmarks/training_throughput.py --dtype {args.dtype} --rows {args.rows} "
-        f"--batch_size {args.batch_size} --steps {args.steps}",
-        "base_model": args.base_model,
+        **harness.head(__file__, args, "dtype", "rows", "batch_size", "steps"),
         "dtype": str(verifier.dtype).removeprefix("torch."),
-        "machine": evaluation.machine(),
         "matrix_operations_per_second": rates,
         "cache": making,
         "training": training,
     }
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, measure, print and write."""
-    parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("--base_model", default=DEFAULT_BASE)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--rows", type=int, default=128)
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--warm_up", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
+    parser = harness.build_parser(__doc__, drafter=False, dtype="auto", rows=128, batch_size=4, warm_up=3, steps=24)
+    args = parser.parse_args(argv)
     record = measure(args)
     for name in ("matrix_operations_per_second", "cache", "training"):
         print(f"{name}: {record[name]}")
-    if args.output:
-        evaluation.write_json(record, args.output)
+    harness.write(record, args.output)
     return 0
 
 

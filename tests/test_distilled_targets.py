@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import distilled_targets as benchmark
 from recurrent_drafting import AutoregressiveDecoder, DrafterTrainer, Verifier, data, distillation
 from recurrent_drafting.data import Collator, EncodedRow, TokenDataset
 from recurrent_drafting.distillation import DistilConfig
@@ -323,16 +322,6 @@ def test_root_and_first_target_of_a_supervised_position_belong_to_a_reply() -> N
 # The benchmark
 
 
-def load_benchmark() -> Any:
-    path = Path(__file__).resolve().parent.parent / "benchmarks" / "distilled_targets.py"
-    spec = importlib.util.spec_from_file_location("benchmark_of_distilled_targets", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
-
-
 def packed_rows(verifier: Verifier, path: Path) -> Path:
     rows = []
     for seed in range(6):
@@ -348,7 +337,7 @@ def test_the_benchmark_compares_tokens_and_says_what_is_extrapolated(tmp_path: P
     verifier.model.save_pretrained(tmp_path / "base")
     rows = packed_rows(verifier, tmp_path / "rows.safetensors")
     options = ["--base_model", str(tmp_path / "base"), "--data", str(rows), "--rows", "4", "--positions", "3"]
-    assert load_benchmark().main([*options, "--output", str(tmp_path / "record.json")]) == 0
+    assert benchmark.main([*options, "--output", str(tmp_path / "record.json")]) == 0
     record = json.loads((tmp_path / "record.json").read_text())
     assert record["tokens"]["positions_compared"] == 12 == record["tokens"]["identical"]
     whole = record["all rows"]
@@ -366,7 +355,7 @@ def test_the_benchmark_compares_tokens_and_says_what_is_extrapolated(tmp_path: P
 def test_the_benchmark_finds_tokens_that_differ(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Branches that see one token too many of their text are no rounding."""
     verifier = make_verifier("llama", dtype=torch.float32)
-    path, benchmark = packed_rows(verifier, tmp_path / "rows.safetensors"), load_benchmark()
+    path = packed_rows(verifier, tmp_path / "rows.safetensors")
     row, config = data.load_packed(path)[0].rows[0], DistilConfig(5)
     branch = Verifier.branch
     wrong = lambda self, tokens, cuts, depth, cache: branch(self, tokens, cuts - 1, depth, cache)  # noqa: E731

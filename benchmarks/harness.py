@@ -1,0 +1,71 @@
+"""What the benchmarks share: the flags that most of them have, MT-Bench's prompts, and how a record begins and ends."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from recurrent_drafting import cli, data, evaluation
+from recurrent_drafting.assets import DEFAULT_BASE
+
+
+def build_parser(description: str | None, *, drafter: bool = True, **defaults: str | float) -> cli.ArgumentParser:
+    """Begin a command line: base, drafter, output, and flags that take one value.
+
+    Args:
+        description: the benchmark's docstring.
+        drafter: it needs one.
+        defaults: further flags by name, each with its default, whose type is the flag's.
+    """
+    parser = cli.ArgumentParser(description=description)
+    parser.add_argument("--base_model", default=DEFAULT_BASE)
+    if drafter:
+        parser.add_argument("--speculator_path", required=True)
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    parser.add_argument("--output", type=Path, help="JSON; where there is a plot, it goes beside it")
+    return parser
+
+
+def command(script: str, args: argparse.Namespace, *flags: str) -> str:
+    """Return the command that measures the same again.
+
+    Args:
+        script: the benchmark's file.
+        args: of the run.
+        flags: what decides the figures; a switch is named where it is on, other flags where they are set.
+    """
+    words = [f"python benchmarks/{Path(script).name}"]
+    for name in flags:
+        value = getattr(args, name)
+        if value is True:
+            words.append(f"--{name}")
+        elif value is not None and value is not False:
+            words.append(f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}")
+    return " ".join(words)
+
+
+def head(script: str, args: argparse.Namespace, *flags: str) -> dict[str, Any]:
+    """Return how a record begins: its ``command``, the base and the machine."""
+    return {
+        "command": command(script, args, *flags),
+        "base_model": args.base_model,
+        "machine": evaluation.machine(),
+    }
+
+
+def mt_bench_prompts(base_model: str, count: int | None) -> list[list[int]]:
+    """Return the token ids of MT-Bench's first turns, so many of them spread over the file, or all."""
+    tokenizer = data.load_tokenizer(base_model)
+    questions, _ = evaluation.load_questions("mt-bench", count, spread=True)
+    return [data.render(tokenizer, [{"role": "user", "content": item.turns[0]}], ask=True) for item in questions]
+
+
+def write(record: dict[str, Any], output: Path | None, plot: Callable[[dict[str, Any]], str] | None = None) -> None:
+    """Write a record where ``--output`` says, and the page that ``plot`` draws of it beside it."""
+    if output:
+        evaluation.write_json(record, output)
+        if plot:
+            evaluation.write_text(plot(record), output.with_suffix(".html"))
