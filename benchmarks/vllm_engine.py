@@ -18,16 +18,18 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from recurrent_drafting import Verifier, assets, cli, data, evaluation
+import harness
+from recurrent_drafting import Verifier, assets, cli
 from recurrent_drafting.config import SamplingConfig
 from recurrent_drafting.lossless import LosslessReport, Pair, Settings, judge
+from vllm_server import DTYPES, PROPOSER
 
-PROPOSER = "recurrent_drafting.vllm_proposer.RecurrentDraftingProposer"
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+ENGINES = ("plain", "ngram", "drafter_alone", "drafter")
+_SETTINGS = ("dtype", "prompts", "new_tokens", "concurrency", "rounds", "drafts", "temperature", "seed")
 
 
 @dataclass
@@ -69,7 +71,6 @@ def make_engines(args: argparse.Namespace) -> dict[str, Run]:
         "drafter_alone": {"model": PROPOSER, "num_speculative_tokens": args.drafts},
         "drafter": {"model": PROPOSER, "num_speculative_tokens": args.drafts},
     }
-    path = str(assets.model_directory(args.base_model)) if assets.is_asset(args.base_model) else args.base_model
     options = {
         "dtype": DTYPES[args.dtype],
         "max_model_len": 1024,
@@ -83,7 +84,7 @@ def make_engines(args: argparse.Namespace) -> dict[str, Run]:
             more: dict[str, Any] = {"speculative_config": config} if config else {}
             if name == "drafter_alone":
                 more["additional_config"] = {"lookup": False}
-            runs[name] = Run(vllm.LLM(path, **options, **more))
+            runs[name] = Run(vllm.LLM(assets.source_of(args.base_model), **options, **more))
     return runs
 
 
@@ -91,9 +92,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Let the engines take turns; the first round warms up."""
     import vllm
 
-    tokenizer = data.load_tokenizer(args.base_model)
-    questions, _ = evaluation.load_questions("mt-bench", args.prompts, spread=True)
-    rendered = [data.render(tokenizer, [{"role": "user", "content": q.turns[0]}], ask=True) for q in questions]
+    rendered = harness.mt_bench_prompts(args.base_model, args.prompts)
     prompts = [{"prompt_token_ids": ids} for ids in rendered]
     parameters = vllm.SamplingParams(
         temperature=args.temperature, seed=args.seed, max_tokens=args.new_tokens, detokenize=False
@@ -146,13 +145,9 @@ def _record(
             "near_ties": ties.get(name),
             "drafts": counts if name == last else None,
         }
-    names = ("dtype", "prompts", "new_tokens", "concurrency", "rounds", "drafts", "temperature", "seed")
     return {
-        "command": f"python benchmarks/vllm_engine.py {' '.join(f'--{name} {getattr(args, name)}' for name in names)} "
-        f"--engines {' '.join(runs)}",
-        "base_model": args.base_model,
+        **harness.head(__file__, args, *_SETTINGS, "engines"),
         "vllm": vllm.__version__,
-        "machine": evaluation.machine(),
         "prompts": args.prompts,
         "engines": engines,
     }
@@ -164,30 +159,22 @@ def _difference(now: Any, before: Any) -> Any:
     return now - (before or 0)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, measure, print and write."""
-    parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("--base_model", default=assets.DEFAULT_BASE)
-    parser.add_argument("--speculator_path", required=True)
+    parser = harness.build_parser(
+        __doc__, prompts=80, new_tokens=128, concurrency=32, rounds=3, temperature=0.0, seed=1
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--prompts", type=int, default=80)
-    parser.add_argument("--new_tokens", type=int, default=128)
-    parser.add_argument("--concurrency", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--drafts", type=int, default=3, help="num_speculative_tokens")
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--engines", nargs="+", default=["plain", "ngram", "drafter_alone", "drafter"])
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    args = parser.parse_args(argv)
     record = measure(args)
     for name, engine in record["engines"].items():
         print(
             f"{name}: {engine['tokens_per_second']:.1f} tok/s, identical to plain "
             f"{engine['identical_to_plain']}/{args.prompts}, near-ties {engine['near_ties']}, drafts {engine['drafts']}"
         )
-    if args.output:
-        evaluation.write_json(record, args.output)
+    harness.write(record, args.output)
     return 0
 
 

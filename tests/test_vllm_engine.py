@@ -25,8 +25,8 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 import vllm
 
 from recurrent_drafting import vllm_proposer
+from vllm_server import PROPOSER
 
-PROPOSER = "recurrent_drafting.vllm_proposer.RecurrentDraftingProposer"
 VOCAB, HIDDEN, LENGTH, MAX_MODEL_LEN, BLOCK = 32, 64, 3, 160, 32
 EOS = 2
 pytestmark = pytest.mark.slow
