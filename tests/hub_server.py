@@ -7,9 +7,15 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+import huggingface_hub
+import pytest
 
 CUT = "cut"
 
@@ -45,6 +51,24 @@ def oid_of(files: dict[str, bytes]) -> str:
 
 def git_oid(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+@contextmanager
+def standing_in(token: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """Do what HF_ENDPOINT, HF_HUB_CACHE and HF_HUB_DISABLE_XET do at start-up; the user is logged in."""
+    server = HubServer(token)
+    constants = "huggingface_hub.constants"
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(f"{constants}.ENDPOINT", server.url)
+    monkeypatch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(f"{constants}.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(f"{constants}.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(f"{constants}.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", token)
+    huggingface_hub.close_session()
+    yield server
+    huggingface_hub.close_session()
+    server.close()
 
 
 class HubServer:

@@ -22,7 +22,7 @@ from huggingface_deployment import main
 from recurrent_drafting import Drafter, RecurrentDraftingConfig, custom_generate, hub
 from recurrent_drafting.checkpoint import load_drafter
 from recurrent_drafting.errors import NetworkError
-from tests.hub_server import CUT, Fault, HubServer
+from tests.hub_server import CUT, Fault, HubServer, standing_in
 from tests.text_models import save_base, save_drafter
 
 # The hub's client sends files by an argument that newer versions of its HTTP library deprecate.
@@ -59,31 +59,10 @@ UPLOADED += ["quick_results.json"]
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """Do what HF_ENDPOINT, HF_HUB_CACHE and HF_HUB_DISABLE_XET do at start-up."""
-    server = HubServer(TOKEN)
-    constants = "huggingface_hub.constants"
-    monkeypatch.setattr(f"{constants}.ENDPOINT", server.url)
-    monkeypatch.setattr(
-        f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(f"{constants}.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(f"{constants}.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(f"{constants}.HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("sys.path", [*sys.path])
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    huggingface_hub.close_session()
-    yield server
-    huggingface_hub.close_session()
-    server.close()
-
-
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Let waits between tries take no time."""
-    slept: list[float] = []
-    monkeypatch.setattr("time.sleep", slept.append)
-    return slept
+    with standing_in(TOKEN, tmp_path / "cache", monkeypatch) as server:
+        yield server
 
 
 @pytest.fixture

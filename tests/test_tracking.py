@@ -184,34 +184,30 @@ def test_a_run_that_was_active_before_goes_on(base: str, chats: str, offline: Ru
 
 
 @QUIET
-def test_no_login_is_a_usage_error(
+@pytest.mark.parametrize(
+    ("error", "code", "named"),
+    [
+        (wandb.errors.UsageError("No API key configured. Use `wandb login` to log in."), 2, "No API key configured"),
+        (wandb.errors.CommError("no route\nlong story"), NetworkError.exit_code, "no route; set WANDB_MODE=offline"),
+    ],
+    ids=["no login", "no answer"],
+)
+def test_a_service_that_takes_no_run_is_one_line(
     base: str,
     chats: str,
     offline: Runs,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def refuse(**_: Any) -> None:
-        raise wandb.errors.UsageError("No API key configured. Use `wandb login` to log in.")
-
-    monkeypatch.setattr(wandb, "init", refuse)
-    assert run(base, chats, *GIVEN, "--use_wandb", "True") == 2
-    assert "No API key configured" in (line := error_line(capsys)) and "WANDB_MODE=offline" in line
-
-
-def test_a_service_that_does_not_answer_is_a_network_error(
-    base: str,
-    chats: str,
-    offline: Runs,
+    error: Exception,
+    code: int,
+    named: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def fail(**_: Any) -> None:
-        raise wandb.errors.CommError("no route\nlong story")
+        raise error
 
     monkeypatch.setattr(wandb, "init", fail)
-    assert run(base, chats, *GIVEN, "--use_wandb", "True") == NetworkError.exit_code
-    assert "no route; set WANDB_MODE=offline" in error_line(capsys)
+    assert run(base, chats, *GIVEN, "--use_wandb", "True") == code
+    assert named in (line := error_line(capsys)) and "WANDB_MODE=offline" in line
 
 
 def test_tensorboard_holds_config_curves_and_the_evaluation_table(base: str, chats: str) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 import generate_speculator
 from recurrent_drafting.data import tokenizer_fingerprint
 from tests.faults.common import TOKEN, Models, Pipe, save_chats
-from tests.hub_server import HubServer
+from tests.hub_server import HubServer, standing_in
 from tests.text_models import save_base, save_drafter
 
 
@@ -52,25 +52,5 @@ def questions(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """Do what HF_ENDPOINT, HF_HUB_CACHE and HF_HUB_DISABLE_XET do at start-up; the user is logged in."""
-    server = HubServer(TOKEN)
-    constants = "huggingface_hub.constants"
-    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(f"{constants}.ENDPOINT", server.url)
-    monkeypatch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(f"{constants}.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(f"{constants}.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(f"{constants}.HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    huggingface_hub.close_session()
-    yield server
-    huggingface_hub.close_session()
-    server.close()
-
-
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Let waits between tries take no time."""
-    slept: list[float] = []
-    monkeypatch.setattr("time.sleep", slept.append)
-    return slept
+    with standing_in(TOKEN, tmp_path / "cache", monkeypatch) as server:
+        yield server
