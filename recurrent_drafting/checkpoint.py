@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from recurrent_drafting import assets, manifest, memory
 from recurrent_drafting.config import RecurrentDraftingConfig
 from recurrent_drafting.drafter import Drafter
-from recurrent_drafting.errors import ModelError, NetworkError, ResourceError
+from recurrent_drafting.errors import ModelError, NetworkError, ResourceError, first_line
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -136,7 +136,7 @@ def load_drafter(name_or_path: str, revision: str | None = None) -> Drafter:
     except LOAD_FAILURES as error:
         if memory.is_shortage(error):
             raise
-        raise ModelError(f"drafter {path} does not load: {_first_line(error)}; train or download it again") from error
+        raise ModelError(f"drafter {path} does not load: {first_line(error)}; train or download it again") from error
     drafter: Drafter = loaded[0]
     _check_weights(drafter, loaded[1], name_or_path)
     return drafter
@@ -162,7 +162,7 @@ def _download(name: str, revision: str) -> Path:
                     raise
     except (HTTP_ERROR, HFValidationError, OSError, ValueError) as error:
         raise NetworkError(
-            f"drafter {name!r} is no local path and the hub did not give it: {_first_line(error)}; check the name"
+            f"drafter {name!r} is no local path and the hub did not give it: {first_line(error)}; check the name"
         ) from error
     return config.parent
 
@@ -197,7 +197,7 @@ def check_base(path: Path) -> None:
         config = manifest.read_json(path / CONFIG)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"base model {path}: expected a {CONFIG}, JSON as transformers saves it: {_first_line(error)}"
+            f"base model {path}: expected a {CONFIG}, JSON as transformers saves it: {first_line(error)}"
         ) from error
     files = list(_weight_files(path))
     if not files:
@@ -215,7 +215,7 @@ def _tensor_count(path: Path, file: Path) -> int:
         with safe_open(file, framework="pt") as weights:
             return len(weights.keys())
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"base model {file} does not load: {_first_line(error)}; download or save it again") from error
+        raise ModelError(f"base model {file} does not load: {first_line(error)}; download or save it again") from error
 
 
 def _declared_layers(config: Any) -> int:
@@ -235,7 +235,7 @@ def _weight_files(path: Path) -> Iterator[Path]:
     try:
         record = manifest.read_json(path / INDEX)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path / INDEX}: expected an index of shards: {_first_line(error)}; save it again") from error
+        raise ModelError(f"{path / INDEX}: expected an index of shards: {first_line(error)}; save it again") from error
     shards = record.get("weight_map") if isinstance(record, dict) else None
     if not isinstance(shards, dict) or not shards:
         raise ModelError(f"{path / INDEX}: expected a weight_map of shards, found none; save the model again")
@@ -292,7 +292,7 @@ def _check_header(path: Path) -> None:
         config = RecurrentDraftingConfig.from_pretrained(path)
     except LOAD_FAILURES as error:
         at = file if isinstance(error, SafetensorError) else path
-        raise ModelError(f"drafter {at} does not load: {_first_line(error)}; train or download it again") from error
+        raise ModelError(f"drafter {at} does not load: {first_line(error)}; train or download it again") from error
     expected = expected_shapes(config, len(found), path)
     if any(name.startswith("lm_head.") for name in found):
         raise ModelError(
@@ -330,11 +330,7 @@ def expected_shapes(config: RecurrentDraftingConfig, tensors: int, path: Path) -
         with torch.device("meta"):
             return {name: tuple(tensor.shape) for name, tensor in Drafter(config).state_dict().items()}
     except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond 64 bits
-        raise ModelError(f"drafter {path}: {CONFIG} declares sizes that cannot be: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"drafter {path}: {CONFIG} declares sizes that cannot be: {first_line(error)}") from error
 
 
 def _check_weights(drafter: Drafter, info: dict[str, object], name: str) -> None:

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from transformers import AutoTokenizer
 
 from recurrent_drafting import assets, checkpoint, manifest
-from recurrent_drafting.errors import DataError, ModelError, NetworkError, UsageError
+from recurrent_drafting.errors import DataError, ModelError, NetworkError, UsageError, first_line
 
 # Longer lines are refused before they are parsed.
 MAX_LINE_BYTES = 64 * 1024 * 1024
@@ -268,7 +268,7 @@ def _parse_list(path: Path) -> list[Any]:
             f"{error.colno}; fix it, or write one row per line (.jsonl) so that --skip_bad_rows can pass over it"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: malformed JSON: expected a list of flat rows, got {_first_line(error)}") from error
+        raise DataError(f"{path}: malformed JSON: expected a list of flat rows, got {first_line(error)}") from error
     return list(rows)
 
 
@@ -423,7 +423,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
                     number += 1
                     yield f"{path}: row {number}", row
     except (OSError, arrow.ArrowException) as error:
-        raise DataError(f"{path} cannot be read as parquet: {_first_line(error)}; check the file") from error
+        raise DataError(f"{path} cannot be read as parquet: {first_line(error)}; check the file") from error
 
 
 # Named sources
@@ -514,18 +514,14 @@ def _hub_rows(name: str, source: HubSource, split: str | None, max_rows: int | N
                 yield f"{name}: row {number}", row
     except (OSError, ValueError, checkpoint.HTTP_ERROR) as error:
         raise NetworkError(
-            f"{what} did not load from the hub after {number} rows: {_first_line(error)}; check the network and the "
+            f"{what} did not load from the hub after {number} rows: {first_line(error)}; check the network and the "
             f"split, or {_ALTERNATIVE}"
         ) from error
     except datasets.exceptions.DatasetsError as error:  # its own message says nothing of the cause
         raise DataError(
-            f"{what} came from the hub and does not read as rows: {_first_line(error.__cause__ or error)}; delete it "
+            f"{what} came from the hub and does not read as rows: {first_line(error.__cause__ or error)}; delete it "
             f"from the cache of datasets and run again, or {_ALTERNATIVE}"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # Encoding
@@ -617,7 +613,7 @@ def render(tokenizer: Any, messages: list[dict[str, str]], *, ask: bool = False)
     except _TEMPLATE_FAILURES as error:
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(
-            f"the chat template refuses a conversation of {roles}: {_first_line(error)}; expected roles that it "
+            f"the chat template refuses a conversation of {roles}: {first_line(error)}; expected roles that it "
             "takes; drop system turns or pass --skip_bad_rows"
         ) from error
     # A template writes its own special tokens; the fallback leaves the first one to the tokenizer.
@@ -684,7 +680,7 @@ def load_tokenizer(name_or_path: str, revision: str | None = None, *, trust_remo
         with _BareException():
             return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except checkpoint.LOAD_FAILURES as error:
-        raise DataError(f"no tokenizer for {name_or_path}: {_first_line(error)}; save one beside the model") from error
+        raise DataError(f"no tokenizer for {name_or_path}: {first_line(error)}; save one beside the model") from error
 
 
 class _BareException:
@@ -791,7 +787,7 @@ def load_packed(path: Path) -> tuple[TokenDataset, dict[str, str]]:
             tokens, offsets, starts, greedy = (file.get_tensor(name) for name in names)
     except (OSError, SafetensorError) as error:
         raise DataError(
-            f"{path}: expected a packed data set with {', '.join(names)}, got {_first_line(error)}; "
+            f"{path}: expected a packed data set with {', '.join(names)}, got {first_line(error)}; "
             "make it anew with python -m recurrent_drafting.distillation --pack"
         ) from error
     ids, bounds = tokens.long().tolist(), offsets.tolist()

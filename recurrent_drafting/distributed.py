@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch.distributed
 from transformers import TrainingArguments
 
-from recurrent_drafting.errors import ResourceError
+from recurrent_drafting.errors import ResourceError, first_line
 
 T = TypeVar("T")
 # Writing replies may take days, during which the other ranks wait. A rank that dies meanwhile closes its
@@ -38,7 +38,7 @@ def begin(training: TrainingArguments) -> None:
     except (RuntimeError, ValueError) as error:
         raise ResourceError(
             f"distributed training: expected {os.environ['WORLD_SIZE']} processes within {training.ddp_timeout} s, got "
-            f"{str(error).strip().splitlines()[0]}; start all of them with torchrun"
+            f"{first_line(error)}; start all of them with torchrun"
         ) from error
 
 
@@ -100,7 +100,7 @@ def one_voice(training: TrainingArguments) -> Iterator[None]:
                 raise
             raise ResourceError(
                 f"rank {training.process_index} lost another of the {training.world_size} processes "
-                f"({str(error).strip().splitlines()[0]}); the message of that process says why; start all of them again"
+                f"({first_line(error)}); the message of that process says why; start all of them again"
             ) from error
 
 

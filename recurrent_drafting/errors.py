@@ -12,6 +12,11 @@ import errno
 DISK_FULL = {errno.ENOSPC: "os error 28", errno.EDQUOT: "os error 122", errno.EFBIG: "os error 27"}
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class RecurrentDraftingError(Exception):
     """Root of every error that the package raises on purpose."""
 

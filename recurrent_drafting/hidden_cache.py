@@ -24,7 +24,7 @@ from transformers import TrainingArguments
 
 from recurrent_drafting import distributed, manifest
 from recurrent_drafting.data import Collator, EncodedRow, TokenDataset
-from recurrent_drafting.errors import DataError, ResourceError
+from recurrent_drafting.errors import DataError, ResourceError, first_line
 from recurrent_drafting.verifier import Verifier
 
 _ROWS_PER_SHARD, _ROWS_PER_FORWARD = 64, 8
@@ -185,7 +185,7 @@ class HiddenStateCache:
                 states = file.get_tensor(_NAME)
                 recorded = (file.metadata() or {}).get("sha256")
         except (OSError, SafetensorError) as error:
-            return str(error).splitlines()[0]
+            return first_line(error)
         if tuple(states.shape) != expected or states.dtype != _DTYPE:
             return f"expected {_DTYPE} {expected}, found {states.dtype} {tuple(states.shape)}"
         found = _checksum(states)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from recurrent_drafting.errors import DISK_FULL, ModelError, ResourceError
+from recurrent_drafting.errors import DISK_FULL, ModelError, ResourceError, first_line
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -225,7 +225,7 @@ def space_for(path: Path) -> Iterator[None]:
         if not _is_full(error):
             raise
         raise ResourceError(
-            f"{path} was not written, the disk is full or at its limit: {str(error).strip().splitlines()[0]} "
+            f"{path} was not written, the disk is full or at its limit: {first_line(error)} "
             f"({shutil.disk_usage(path.parent).free} bytes free); nothing of it was kept, free space and run again"
         ) from error
 

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback, WandbCallback
 
-from recurrent_drafting.errors import NetworkError, UsageError
+from recurrent_drafting.errors import NetworkError, UsageError, first_line
 
 _TRACKERS = {"wandb": "Weights & Biases", "tensorboard": "TensorBoard"}
 
@@ -89,13 +89,9 @@ def service_errors() -> Iterator[None]:
     try:
         yield
     except errors.CommError as error:
-        raise NetworkError(f"Weights & Biases did not answer: {_first_line(error)}; {keep}") from error
+        raise NetworkError(f"Weights & Biases did not answer: {first_line(error).rstrip('.')}; {keep}") from error
     except (errors.UsageError, errors.AuthenticationError) as error:
-        raise UsageError(f"Weights & Biases: {_first_line(error)}; run wandb login, or {keep}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise UsageError(f"Weights & Biases: {first_line(error).rstrip('.')}; run wandb login, or {keep}") from error
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from recurrent_drafting import assets, checkpoint, memory
 from recurrent_drafting.draft_tree import DraftTree
-from recurrent_drafting.errors import DataError, ModelError, NetworkError, ResourceError, UsageError
+from recurrent_drafting.errors import DataError, ModelError, NetworkError, ResourceError, UsageError, first_line
 from recurrent_drafting.kv_cache import VerifierCache
 from recurrent_drafting.packed_model import decoding_twin
 
@@ -602,7 +602,7 @@ def _load(source: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTraine
     except checkpoint.LOAD_FAILURES as error:
         if memory.is_shortage(error):
             raise ResourceError(f"base model {source} does not load: {memory.describe(error)}") from error
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         if Path(source).exists() or not isinstance(error, (OSError, checkpoint.HTTP_ERROR)):
             raise ModelError(f"base model {source} does not load: {reason}") from error
         raise NetworkError(
