@@ -27,10 +27,10 @@ from tqdm import tqdm
 
 import harness
 import recurrent_drafting
-from recurrent_drafting import AutoregressiveDecoder, Verifier, cli, data, distillation, lossless
+from recurrent_drafting import AutoregressiveDecoder, Verifier, cli, distillation, lossless, token_rows
 from recurrent_drafting.assets import DEFAULT_BASE
-from recurrent_drafting.data import EncodedRow
 from recurrent_drafting.distillation import DistilConfig
+from recurrent_drafting.token_rows import EncodedRow
 
 PACKAGED = Path(recurrent_drafting.__file__).parent / "data" / f"{DEFAULT_BASE}-self.safetensors"
 _SETTINGS = ("dtype", "rows", "positions", "rounds", *asdict(DistilConfig()))
@@ -94,7 +94,7 @@ def generate(decoder: AutoregressiveDecoder, prompt: list[int], config: DistilCo
 def measure_row(verifier: Verifier, row: EncodedRow, config: DistilConfig, rounds: int, count: int) -> Measured:
     """Time both ways on a row: rounds of the whole row spread among the single positions."""
     decoder = AutoregressiveDecoder(verifier)
-    positions = data.supervised(torch.tensor(row.loss_mask)).nonzero().flatten().tolist()
+    positions = token_rows.supervised(torch.tensor(row.loss_mask)).nonzero().flatten().tolist()
     found = Measured(row, positions, spaced(len(positions), count))
     turns = {int(round_ * len(found.timed) / rounds) for round_ in range(rounds)}
     for turn, index in enumerate(found.timed):
@@ -155,7 +155,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Run both ways over the rows and return the record."""
     verifier = Verifier.from_pretrained(args.base_model, args.dtype)
     config = DistilConfig(args.num_future_tokens, args.temperature, args.seed)
-    packed = data.load_packed(args.data)[0].rows
+    packed = token_rows.load_packed(args.data)[0].rows
     rows = [packed[index] for index in spaced(len(packed), args.rows)]
     distillation.distil(rows[:1], verifier, config)  # warms up
     generate(AutoregressiveDecoder(verifier), rows[0].input_ids, config)

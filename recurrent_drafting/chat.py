@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from torch import Tensor
 
-from recurrent_drafting import cli, data
+from recurrent_drafting import cli, data, sources
 from recurrent_drafting.config import SamplingConfig
 from recurrent_drafting.decoding import AutoregressiveDecoder, SpeculativeDecoder
 from recurrent_drafting.detokenizer import Detokenizer, StopStrings
@@ -300,7 +300,7 @@ class Chat:
         """Carry out a command, or answer; an error is told and the chat goes on."""
         name, _, argument = message.strip().partition(" ")
         try:
-            if not data.is_unicode(message):
+            if not sources.is_unicode(message):
                 raise DataError(
                     "the message holds bytes that are no text: expected UTF-8; the conversation is unchanged, convert "
                     "the message and send it again"

@@ -28,13 +28,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from recurrent_drafting import assets, cli, data, manifest
+from recurrent_drafting import assets, cli, data, manifest, sources, token_rows
 from recurrent_drafting.config import SamplingConfig
-from recurrent_drafting.data import Conversation, EncodedRow
 from recurrent_drafting.decoding import AutoregressiveDecoder
 from recurrent_drafting.errors import DataError, ResourceError, UsageError
 from recurrent_drafting.kv_cache import VerifierCache
 from recurrent_drafting.sampling import Sampler
+from recurrent_drafting.sources import Conversation
+from recurrent_drafting.token_rows import EncodedRow
 from recurrent_drafting.verifier import Verifier
 
 logger = logging.getLogger(__name__)
@@ -270,7 +271,7 @@ class SelfData:
             raise UsageError(f"{directory} was begun with {'; '.join(changed)}; repeat those or name another directory")
 
     def _chunk(self, numbers: Sequence[int]) -> dict[str, Any]:
-        config, rejected = self._config, data.ReadReport()
+        config, rejected = self._config, sources.ReadReport()
         prompts = []
         for number, text in zip(numbers, self._write_prompts(numbers), strict=True):
             reason = self._refusal(text)
@@ -367,7 +368,7 @@ def cut_loop(tokens: list[int], reach: int = 128, novelty: float = 0.1, keep: in
 
 
 @dataclass
-class SelfDataReport(data.ReadReport):
+class SelfDataReport(sources.ReadReport):
     """What became of the prompts of a directory.
 
     Args:
@@ -457,7 +458,7 @@ def pack(rows: Sequence[EncodedRow], report: SelfDataReport, path: Path, setting
         "counts": json.dumps(counts),
         "command": " ".join(command),
     }
-    data.save_packed(rows, path, metadata)
+    token_rows.save_packed(rows, path, metadata)
 
 
 def self_rows(verifier: Verifier, tokenizer: Any, directory: Path, num_rows: int | None) -> list[EncodedRow]:
@@ -481,7 +482,7 @@ def packaged_rows(verifier: Verifier) -> list[EncodedRow] | None:
     """Return the packaged self-written rows of this very base, all parts of them; None if there are none."""
     rows: list[EncodedRow] = []
     for path in sorted((Path(__file__).parent / "data").glob("*-self*.safetensors")):
-        packed, metadata = data.load_packed(path)
+        packed, metadata = token_rows.load_packed(path)
         if verifier.fingerprint is not None and metadata.get("fingerprint") == verifier.fingerprint:
             rows += packed.rows
     return rows or None
@@ -536,7 +537,7 @@ def given_reply(conversation: Conversation, index: int) -> str:
 
 def answerable(
     conversations: Sequence[Conversation], tokenizer: Any, *, skip_bad_rows: bool
-) -> tuple[list[Conversation], data.ReadReport]:
+) -> tuple[list[Conversation], sources.ReadReport]:
     """Find what the chat template refuses before any reply is written; given replies stand for those.
 
     Args:
@@ -547,7 +548,7 @@ def answerable(
     Raises:
         DataError: the template refuses one.
     """
-    kept, report = list[Conversation](), data.ReadReport()
+    kept, report = list[Conversation](), sources.ReadReport()
     for conversation in conversations:
         try:
             if messages := _up_to_the_last_question(conversation):
@@ -580,7 +581,7 @@ def regenerate(
     *,
     max_rows: int | None = None,
     skip_bad_rows: bool = False,
-) -> tuple[list[EncodedRow], data.ReadReport]:
+) -> tuple[list[EncodedRow], sources.ReadReport]:
     """Let the verifier answer the user turns of given conversations, greedily.
 
     Later turns see the regenerated history. Each reply gives a row of its own, with exactly the
@@ -670,7 +671,7 @@ def distil(rows: Sequence[EncodedRow], verifier: Verifier, config: DistilConfig)
     """
     distilled = []
     for request, row in enumerate(tqdm(rows, desc="distilled targets", unit="row", disable=len(rows) < 2)):
-        positions = data.supervised(torch.tensor(row.loss_mask)).nonzero().flatten()
+        positions = token_rows.supervised(torch.tensor(row.loss_mask)).nonzero().flatten()
         continuations = _Branches(row.input_ids, request, verifier, config).continue_from((positions + 2).tolist())
         distilled.append(replace(row, continuations=_padded(continuations, config.num_future_tokens)))
     return distilled
@@ -860,7 +861,7 @@ def execute(args: argparse.Namespace) -> int:
     """Write and pack what the command line asks for."""
     name = args.llm_name_or_path
     tokenizer = data.load_tokenizer(name)
-    turns = [turn for _, row in data.read_json_rows(assets.fetch("mt-bench")) for turn in row["turns"]]
+    turns = [turn for _, row in sources.read_json_rows(assets.fetch("mt-bench")) for turn in row["turns"]]
     if args.num_rows:
         names = {item.name for item in fields(SelfDataConfig)} - {"chunk_rows"}
         config = SelfDataConfig(**{name: getattr(args, name) for name in names})

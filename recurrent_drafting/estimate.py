@@ -15,8 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from recurrent_drafting import data
-from recurrent_drafting.data import Conversation, EncodedRow
+from recurrent_drafting import data, token_rows
 from recurrent_drafting.decoding import AutoregressiveDecoder
 from recurrent_drafting.distillation import (
     REPLY_BATCH,
@@ -31,6 +30,8 @@ from recurrent_drafting.distillation import (
     user_header,
 )
 from recurrent_drafting.errors import DataError, UsageError
+from recurrent_drafting.sources import Conversation
+from recurrent_drafting.token_rows import EncodedRow
 from recurrent_drafting.trainer import DrafterTrainer
 from recurrent_drafting.verifier import Verifier
 
@@ -128,7 +129,7 @@ def given_replies(
     encoded, _ = data.encode_all(
         sample, tokenizer, max_length, assistant_only=assistant_only, skip_bad_rows=skip_bad_rows
     )
-    rows, _ = data.truncate(encoded, max_length)
+    rows, _ = token_rows.truncate(encoded, max_length)
     if not rows:
         raise DataError(f"none of {len(sample)} conversations has a reply within {max_length} tokens; raise the limit")
     return ExpectedData(rows, round(len(conversations) * len(rows) / len(sample)))

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 import recurrent_drafting
-from recurrent_drafting import assets, data, evaluation_log, lossless
+from recurrent_drafting import assets, data, evaluation_log, lossless, sources
 from recurrent_drafting.config import BeamConfig, SamplingConfig
 from recurrent_drafting.decoding import (
     AutoregressiveDecoder,
@@ -162,7 +162,7 @@ def load_questions(
     path = assets.fetch(source) if assets.is_asset(source) else Path(source)
     questions: list[Question] = []
     skipped = 0
-    for where, row in data.read_json_rows(path):
+    for where, row in sources.read_json_rows(path):
         try:
             if isinstance(row, DataError):
                 raise row
@@ -197,7 +197,7 @@ def _question(row: Any, where: str) -> Question:
 def _is_unicode(value: Any) -> bool:
     """Tell whether a text, and every text of a list, has no half of a surrogate pair."""
     texts = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
-    return all(data.is_unicode(text) for text in texts)
+    return all(sources.is_unicode(text) for text in texts)
 
 
 def speculative_decoder(

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from transformers import TrainingArguments
 
 from recurrent_drafting import distributed, manifest
-from recurrent_drafting.data import Collator, EncodedRow, TokenDataset
 from recurrent_drafting.errors import DataError, ResourceError, first_line
+from recurrent_drafting.token_rows import Collator, EncodedRow, TokenDataset
 from recurrent_drafting.verifier import Verifier
 
 _ROWS_PER_SHARD, _ROWS_PER_FORWARD = 64, 8

@@ -15,8 +15,8 @@ import numpy as np
 from recurrent_drafting import manifest
 from recurrent_drafting.checkpoint import config_fields, config_fingerprints
 from recurrent_drafting.config import RecurrentDraftingConfig
-from recurrent_drafting.data import EncodedRow
 from recurrent_drafting.errors import ModelError, UsageError
+from recurrent_drafting.token_rows import EncodedRow
 
 PREFIX = "checkpoint-"
 _STATE = ("trainer_state.json", "optimizer.pt", "scheduler.pt")

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from recurrent_drafting.config import BeamConfig
-from recurrent_drafting.data import Collator, EncodedRow, TokenDataset
 from recurrent_drafting.decoding import SpeculativeDecoder
 from recurrent_drafting.drafter import Drafter
 from recurrent_drafting.errors import DataError, NumericsError, ResourceError
 from recurrent_drafting.metrics import DecodingStats
+from recurrent_drafting.token_rows import Collator, EncodedRow, TokenDataset
 from recurrent_drafting.tracking import Table
 from recurrent_drafting.trainer import DrafterTrainer, simulate
 from recurrent_drafting.verifier import Verifier

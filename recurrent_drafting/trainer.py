@@ -19,14 +19,14 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler, Subset
 from transformers.integrations.integration_utils import WandbCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from recurrent_drafting import beam_search, data, distributed, losses, resume, tracking
+from recurrent_drafting import beam_search, distributed, losses, resume, token_rows, tracking
 from recurrent_drafting.config import BeamConfig, RecurrentDraftingConfig
-from recurrent_drafting.data import TokenDataset
 from recurrent_drafting.draft_tree import DraftTree
 from recurrent_drafting.drafter import Drafter
 from recurrent_drafting.errors import DataError, NumericsError, UsageError
 from recurrent_drafting.metrics import DecodingStats, MeanMetrics
 from recurrent_drafting.resumable_trainer import ResumableTrainer
+from recurrent_drafting.token_rows import TokenDataset
 from recurrent_drafting.verifier import Verifier
 
 OBJECTIVES = ("ce", "kl", "expected_length")
@@ -169,7 +169,7 @@ class Supervision:
     @classmethod
     def from_batch(cls, input_ids: Tensor, loss_mask: Tensor, depths: int) -> Supervision:
         """Collect the supervised positions of ``input_ids`` and ``loss_mask``, both ``[B, T]``."""
-        rows, positions = data.supervised(loss_mask).nonzero(as_tuple=True)
+        rows, positions = token_rows.supervised(loss_mask).nonzero(as_tuple=True)
         offsets = positions.unsqueeze(1) + torch.arange(1, depths + 2, device=input_ids.device)
         inside = offsets < input_ids.shape[1]
         offsets = offsets.clamp(max=input_ids.shape[1] - 1)
@@ -193,7 +193,7 @@ class Supervision:
                 f"distilled targets hold {continuations.shape[2]} future tokens and {depths} depths are trained: "
                 "raise --distill_num_future_tokens or lower --drafter_predict_n_tokens"
             )
-        supervised = data.supervised(loss_mask)
+        supervised = token_rows.supervised(loss_mask)
         rows, positions = supervised.nonzero(as_tuple=True)
         places = torch.arange(continuations.shape[1], device=continuations.device)
         targets = continuations[places < supervised.sum(dim=1, keepdim=True)][:, :depths]
@@ -239,7 +239,7 @@ class DrafterTrainer(ResumableTrainer):
         model: the drafter.
         verifier: the frozen base model; unseen by optimizer and checkpoints.
         args: see ``TrainingArguments``.
-        **kwargs: as for ``transformers.Trainer``; data sets yield what ``data.Collator`` takes.
+        **kwargs: as for ``transformers.Trainer``; data sets yield what ``token_rows.Collator`` takes.
     """
 
     args: TrainingArguments

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from recurrent_drafting import checkpoint, data, evaluation, manifest
+from recurrent_drafting import checkpoint, data, evaluation, manifest, sources
 from recurrent_drafting.draft_tree import Beams, DraftTree
 from recurrent_drafting.errors import RecurrentDraftingError
 from recurrent_drafting.kv_cache import VerifierCache
@@ -138,7 +138,7 @@ def prompt_reader(folder: Path) -> Callable[[bytes], object]:
             path = folder / f"rows{suffix}"
             path.write_bytes(raw)
             for skip in (False, True):
-                for reader in (data.read_conversations, read_questions):
+                for reader in (sources.read_conversations, read_questions):
                     try:
                         reader(path, skip_bad_rows=skip)
                     except RecurrentDraftingError:
@@ -165,7 +165,7 @@ def encode_with(tokenizer: Any, raw: bytes) -> object:
         parsed = json.loads(row)
     except (ValueError, RecursionError):
         parsed = {"prompt": "a", "response": "b"}
-    return data.encode(data.parse_conversation(parsed, "row"), tokenizer, 64)
+    return data.encode(sources.parse_conversation(parsed, "row"), tokenizer, 64)
 
 
 def damage(raw: bytes, rng: random.Random) -> bytes:

@@ -44,6 +44,8 @@ ORDER = (
     "losses",
     "cli",
     "formats",
+    "sources",
+    "token_rows",
     "data",
     "distillation",
     "distributed",

@@ -17,10 +17,10 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from recurrent_drafting import AutoregressiveDecoder, Verifier, assets, data, distillation
-from recurrent_drafting.data import Turn
+from recurrent_drafting import AutoregressiveDecoder, Verifier, assets, data, distillation, token_rows
 from recurrent_drafting.distillation import Request, SelfData, SelfDataConfig, TransformersEngine
 from recurrent_drafting.errors import DataError, ResourceError, UsageError
+from recurrent_drafting.sources import Turn
 from tests.test_data import CHATML
 from tests.tiny import VOCAB, llama_config
 
@@ -267,7 +267,7 @@ def test_packing_keeps_rows_counts_and_how_to_make_them_again(tmp_path: Path) ->
     settings = json.loads((tmp_path / "rows" / "settings.json").read_text())
     path = tmp_path / "some" / "rows.safetensors"
     distillation.pack(rows, report, path, {**settings, "base": str(tmp_path / "tiny"), "fingerprint": "abc"})
-    packed, metadata = data.load_packed(path)
+    packed, metadata = token_rows.load_packed(path)
     assert packed.rows == rows
     counts = json.loads(metadata["counts"])
     assert counts["reply_tokens"] == packed.reply_tokens
@@ -301,7 +301,7 @@ def test_command_line_writes_and_packs(tiny_base: Path, tmp_path: Path, capsys: 
     engine = ["--engine", "transformers"]
     pack = ["--pack", str(tmp_path / "rows.safetensors")]
     assert distillation.main([*options, *engine, "--num_rows", "24", "--max_new_tokens", "8", *pack]) == 0
-    packed, metadata = data.load_packed(tmp_path / "rows.safetensors")
+    packed, metadata = token_rows.load_packed(tmp_path / "rows.safetensors")
     assert len(packed) > 0
     assert metadata["fingerprint"] == ""
     assert distillation.main([*options, "--num_rows", "0", "--pack_reply_tokens", "1", *pack]) == 0
@@ -371,9 +371,9 @@ def test_self_rows_prefers_the_packaged_set_of_the_same_base(tmp_path: Path, mon
     written = distillation.self_rows(verifier, tokenizer, tmp_path / "run", 24)
     assert (tmp_path / "run" / "self_data" / "chunk-00000.json").exists()
     packaged = tmp_path / "package" / "data" / "tiny-self.safetensors"
-    data.save_packed(written[:2], packaged, {"fingerprint": "another"})
+    token_rows.save_packed(written[:2], packaged, {"fingerprint": "another"})
     assert distillation.self_rows(verifier, tokenizer, tmp_path / "run", 24) == written
-    data.save_packed(written[:2], packaged, {"fingerprint": "abc"})
+    token_rows.save_packed(written[:2], packaged, {"fingerprint": "abc"})
     assert distillation.self_rows(verifier, tokenizer, tmp_path / "unused", 24) == written[:2]
     assert not (tmp_path / "unused").exists()
 

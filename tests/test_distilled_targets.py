@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import distilled_targets as benchmark
-from recurrent_drafting import AutoregressiveDecoder, DrafterTrainer, Verifier, data, distillation
-from recurrent_drafting.data import Collator, EncodedRow, TokenDataset
+from recurrent_drafting import AutoregressiveDecoder, DrafterTrainer, Verifier, distillation, token_rows
 from recurrent_drafting.distillation import DistilConfig
 from recurrent_drafting.errors import DataError, UsageError
+from recurrent_drafting.token_rows import Collator, EncodedRow, TokenDataset
 from recurrent_drafting.trainer import Supervision, TrainingArguments
 from tests.families import FAMILIES, random_tokens
 from tests.tiny import VOCAB, make_drafter, make_verifier
@@ -315,8 +315,8 @@ def test_the_expected_length_rises_when_it_is_the_objective(source: str, tmp_pat
 
 def test_root_and_first_target_of_a_supervised_position_belong_to_a_reply() -> None:
     mask = torch.tensor([[True, True, False, True, True, True], [False] * 6])
-    assert data.supervised(mask).nonzero().tolist() == [[0, 2], [0, 3]]
-    assert data.supervised(torch.ones(1, 1, dtype=torch.bool)).shape == (1, 0)
+    assert token_rows.supervised(mask).nonzero().tolist() == [[0, 2], [0, 3]]
+    assert token_rows.supervised(torch.ones(1, 1, dtype=torch.bool)).shape == (1, 0)
 
 
 # The benchmark
@@ -328,7 +328,7 @@ def packed_rows(verifier: Verifier, path: Path) -> Path:
         prompt = random_tokens(random.Random(seed), 5)
         reply = own_text(verifier, prompt, 12) if seed % 2 else random_tokens(random.Random(seed + 9), 12)
         rows.append(EncodedRow(prompt + reply, [False] * 5 + [True] * len(reply), greedy=bool(seed % 2)))
-    data.save_packed(rows, path, {})
+    token_rows.save_packed(rows, path, {})
     return path
 
 
@@ -356,7 +356,7 @@ def test_the_benchmark_finds_tokens_that_differ(monkeypatch: pytest.MonkeyPatch,
     """Branches that see one token too many of their text are no rounding."""
     verifier = make_verifier("llama", dtype=torch.float32)
     path = packed_rows(verifier, tmp_path / "rows.safetensors")
-    row, config = data.load_packed(path)[0].rows[0], DistilConfig(5)
+    row, config = token_rows.load_packed(path)[0].rows[0], DistilConfig(5)
     branch = Verifier.branch
     wrong = lambda self, tokens, cuts, depth, cache: branch(self, tokens, cuts - 1, depth, cache)  # noqa: E731
     monkeypatch.setattr(Verifier, "branch", wrong)

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from recurrent_drafting import DrafterTrainer, TrainingArguments, Verifier
-from recurrent_drafting.data import Collator, EncodedRow, TokenDataset
 from recurrent_drafting.errors import DataError
 from recurrent_drafting.hidden_cache import CachedDataset, HiddenStateCache
+from recurrent_drafting.token_rows import Collator, EncodedRow, TokenDataset
 from tests.tiny import VOCAB, make_drafter, make_verifier
 
 

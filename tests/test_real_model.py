@@ -8,14 +8,23 @@ import pytest
 import torch
 
 import recurrent_drafting
-from recurrent_drafting import AutoregressiveDecoder, SamplingConfig, SpeculativeDecoder, Verifier, assets, data
+from recurrent_drafting import (
+    AutoregressiveDecoder,
+    SamplingConfig,
+    SpeculativeDecoder,
+    Verifier,
+    assets,
+    data,
+    sources,
+    token_rows,
+)
 from recurrent_drafting import evaluation as ev
 from tests.tiny import make_drafter
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(900)]
 
 BASE = "smollm2-135m-instruct"
-PACKAGED = sorted((Path(recurrent_drafting.__file__).parent / "data").glob("*-self.safetensors"))
+PACKAGED = sorted((Path(recurrent_drafting.__file__).parent / "data").glob("*-self*.safetensors"))
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +75,16 @@ def test_batches_and_drafts_do_not_change_the_text(
 def test_packaged_conversations_share_no_13_gram_with_mt_bench() -> None:
     assert PACKAGED
     tokenizer = data.load_tokenizer(BASE)
-    turns = [turn for _, row in data.read_json_rows(assets.fetch("mt-bench")) for turn in row["turns"]]
+    turns = [turn for _, row in sources.read_json_rows(assets.fetch("mt-bench")) for turn in row["turns"]]
     references = data.ngrams_of(turns)
     assert len(references) > 1000
+    header = data.render(tokenizer, [{"role": "user", "content": "Hello"}], ask=True)[:20]
+    count = 0
     for path in PACKAGED:
-        rows, metadata = data.load_packed(path)
+        packed, metadata = token_rows.load_packed(path)
         assert metadata["fingerprint"] == assets.ASSETS[BASE].sha256
-        shared = [row for row in rows.rows if data.shares_ngram(tokenizer.decode(row.input_ids), references)]
+        shared = [row for row in packed.rows if data.shares_ngram(tokenizer.decode(row.input_ids), references)]
         assert not shared
+        assert all(row.input_ids[:20] == header for row in packed.rows)
+        count += len(packed)
+    assert count > 10_000

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from recurrent_drafting import RecurrentDraftingConfig, manifest, resume
-from recurrent_drafting.data import EncodedRow
 from recurrent_drafting.errors import ModelError, UsageError
+from recurrent_drafting.token_rows import EncodedRow
 
 ROWS = [EncodedRow([1, 2, 3], [False, True, True]), EncodedRow([4, 5], [False, True])]
 SETTINGS = {"learning_rate": 0.1, "objective": "kl"}

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from recurrent_drafting import DrafterTrainer, TrainingArguments, tracking
-from recurrent_drafting.data import Collator, EncodedRow, TokenDataset
 from recurrent_drafting.errors import NetworkError, UsageError
+from recurrent_drafting.token_rows import Collator, EncodedRow, TokenDataset
 from recurrent_drafting.tracking import Table
 from tests.test_train_speculator import GIVEN, error_line, run, save_chats
 from tests.text_models import save_base

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from recurrent_drafting import AutoregressiveDecoder, BeamConfig, Drafter, Verifier, train_serve
-from recurrent_drafting.data import EncodedRow
 from recurrent_drafting.errors import DataError, NumericsError
+from recurrent_drafting.token_rows import EncodedRow
 from tests.mutants import Mutant, applied
 from tests.tiny import VOCAB, make_drafter, make_verifier
 

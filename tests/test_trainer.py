@@ -31,9 +31,9 @@ from recurrent_drafting import (
     resume,
 )
 from recurrent_drafting.checkpoint import load_drafter
-from recurrent_drafting.data import Collator, EncodedRow, TokenDataset
 from recurrent_drafting.errors import DataError, InterruptionError, ModelError, NumericsError, ResourceError, UsageError
 from recurrent_drafting.metrics import DecodingStats
+from recurrent_drafting.token_rows import Collator, EncodedRow, TokenDataset
 from recurrent_drafting.trainer import (
     DrafterTrainer,
     LengthGroupedSampler,

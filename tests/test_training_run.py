@@ -11,9 +11,9 @@ import pytest
 from recurrent_drafting import distillation, estimate
 from recurrent_drafting.checkpoint import load_drafter
 from recurrent_drafting.config import BeamConfig
-from recurrent_drafting.data import Turn
 from recurrent_drafting.decoding import SpeculativeDecoder
 from recurrent_drafting.errors import DataError
+from recurrent_drafting.sources import Turn
 from tests.mutants import Mutant, applied
 from tests.test_train_speculator import GIVEN, error_line, run, save_chats
 from tests.text_models import load_verifier, make_tokenizer, save_base, save_drafter

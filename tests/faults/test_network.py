@@ -15,7 +15,7 @@ import huggingface_deployment
 import train_speculator
 from recurrent_drafting import assets
 from recurrent_drafting.assets import ASSETS
-from recurrent_drafting.data import HUB_SOURCES
+from recurrent_drafting.sources import HUB_SOURCES
 from tests.faults.common import TOKEN, Capture, Main, Models, generate_argv, outcome, refused, train_argv
 from tests.hub_server import CUT, Fault, HubServer, Repository
 from tests.test_hub import SUMMARY
