@@ -27,9 +27,9 @@ from tqdm import tqdm
 
 import harness
 import recurrent_drafting
-from recurrent_drafting import AutoregressiveDecoder, Verifier, cli, distillation, lossless, token_rows
+from recurrent_drafting import AutoregressiveDecoder, Verifier, cli, continuations, lossless, token_rows
 from recurrent_drafting.assets import DEFAULT_BASE
-from recurrent_drafting.distillation import DistilConfig
+from recurrent_drafting.continuations import DistilConfig
 from recurrent_drafting.token_rows import EncodedRow
 
 PACKAGED = Path(recurrent_drafting.__file__).parent / "data" / f"{DEFAULT_BASE}-self.safetensors"
@@ -100,7 +100,7 @@ def measure_row(verifier: Verifier, row: EncodedRow, config: DistilConfig, round
     for turn, index in enumerate(found.timed):
         if turn in turns:
             start = time.perf_counter()
-            [distilled] = distillation.distil([row], verifier, config)
+            [distilled] = continuations.distil([row], verifier, config)
             found.distil_seconds.append(time.perf_counter() - start)
             texts = unpadded(distilled)
         start = time.perf_counter()
@@ -126,7 +126,7 @@ def compare(verifier: Verifier, rows: Sequence[Measured], config: DistilConfig) 
             if exact is None:
                 exact = Verifier(copy.deepcopy(verifier.model).to(torch.float64), verifier.name_or_path)
             prompt = found.row.input_ids[: found.positions[index] + 2]
-            [again] = distillation.distil([found.row], exact, config)
+            [again] = continuations.distil([found.row], exact, config)
             same = unpadded(again)[index] == generate(AutoregressiveDecoder(exact), prompt, config)
             lossless.judge(report, verifier, lossless.Pair(prompt, 0, written, distilled), settings, same)
     return report
@@ -157,7 +157,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     config = DistilConfig(args.num_future_tokens, args.temperature, args.seed)
     packed = token_rows.load_packed(args.data)[0].rows
     rows = [packed[index] for index in spaced(len(packed), args.rows)]
-    distillation.distil(rows[:1], verifier, config)  # warms up
+    continuations.distil(rows[:1], verifier, config)  # warms up
     generate(AutoregressiveDecoder(verifier), rows[0].input_ids, config)
     measured = [measure_row(verifier, row, config, args.rounds, args.positions) for row in tqdm(rows, desc="rows")]
     report = compare(verifier, measured, config)

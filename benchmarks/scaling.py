@@ -25,7 +25,7 @@ import torch
 
 import harness
 from ablations import HELD_OUT_ROWS, decode, make_recipe, train, write_row
-from recurrent_drafting import Verifier, cli, data, distillation, evaluation, plots, report
+from recurrent_drafting import Verifier, cli, data, evaluation, plots, report, self_data
 from recurrent_drafting.assets import DEFAULT_BASE
 
 
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     verifier, tokenizer = Verifier.from_pretrained(args.base_model), data.load_tokenizer(args.base_model)
     prompts = harness.mt_bench_prompts(args.base_model, args.prompts)
-    total = len(distillation.self_rows(verifier, tokenizer, Path(), None)) - HELD_OUT_ROWS
+    total = len(self_data.self_rows(verifier, tokenizer, Path(), None)) - HELD_OUT_ROWS
     for share in sorted(args.sizes):
         print(measure(args, round(share * total), verifier, prompts), flush=True)
     if args.trained:

@@ -31,7 +31,7 @@ from recurrent_drafting import (
     Verifier,
     cli,
     data,
-    distillation,
+    self_data,
 )
 from recurrent_drafting.hidden_cache import CachedDataset, HiddenStateCache
 from recurrent_drafting.trainer import Supervision, choose_draft_vocabulary, initialise_from_verifier
@@ -148,7 +148,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     tokenizer = data.load_tokenizer(args.base_model)
     rates = [matrix_rate(verifier.dtype)]
     with tempfile.TemporaryDirectory() as directory:
-        written = distillation.self_rows(verifier, tokenizer, Path(directory), args.rows)[: args.rows]
+        written = self_data.self_rows(verifier, tokenizer, Path(directory), args.rows)[: args.rows]
         rows = data.TokenDataset(written)
         cache = HiddenStateCache(Path(directory) / "states", verifier, rows)
         making = measure_cache(cache, verifier)

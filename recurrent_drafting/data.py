@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -34,13 +33,10 @@ __all__ = [
     "encode_all",
     "load_dataset_by_name",
     "load_tokenizer",
-    "ngrams_of",
     "render",
-    "shares_ngram",
     "split",
     "tokenizer_fingerprint",
     "truncate",
-    "word_ngrams",
 ]
 
 # What a chat template's own expressions may end in; jinja has a class for its own errors alone.
@@ -225,19 +221,3 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Return the identity of a vocabulary: the SHA-256 of its tokens with their ids."""
     tokens = sorted((index, token) for token, index in tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
-
-
-def word_ngrams(text: str, n: int = 13) -> set[tuple[str, ...]]:
-    """Return the n-grams of a text's words, case and punctuation aside."""
-    words = re.findall(r"\w+", text.lower())
-    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
-
-
-def ngrams_of(texts: Sequence[str]) -> set[tuple[str, ...]]:
-    """Return the ``word_ngrams`` of all texts together."""
-    return {ngram for text in texts for ngram in word_ngrams(text)}
-
-
-def shares_ngram(text: str, references: set[tuple[str, ...]], n: int = 13) -> bool:
-    """Tell whether a text shares an n-gram of words with the references' ``word_ngrams``."""
-    return not references.isdisjoint(word_ngrams(text, n))

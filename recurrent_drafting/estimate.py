@@ -16,20 +16,12 @@ from typing import Any, TypeVar
 import torch
 
 from recurrent_drafting import data, token_rows
+from recurrent_drafting.continuations import DistilConfig, distil
 from recurrent_drafting.decoding import AutoregressiveDecoder
-from recurrent_drafting.distillation import (
-    REPLY_BATCH,
-    SELF_ROWS,
-    Dialogue,
-    DistilConfig,
-    SelfDataConfig,
-    answerable,
-    distil,
-    given_reply,
-    packaged_rows,
-    user_header,
-)
+from recurrent_drafting.engines import REPLY_BATCH
 from recurrent_drafting.errors import DataError, UsageError
+from recurrent_drafting.regeneration import Dialogue, answerable, given_reply
+from recurrent_drafting.self_data import SELF_ROWS, SelfDataConfig, packaged_rows, user_header
 from recurrent_drafting.sources import Conversation
 from recurrent_drafting.token_rows import EncodedRow
 from recurrent_drafting.trainer import DrafterTrainer

@@ -352,7 +352,7 @@ def load_dataset_by_name(
 ) -> tuple[list[Conversation], ReadReport]:
     """Load conversations from a local file, the packaged MT-Bench prompts, or a named set on the hub.
 
-    The name ``self`` is made by ``distillation.self_rows``, which needs the verifier.
+    The name ``self`` is made by ``self_data.self_rows``, which needs the verifier.
 
     Args:
         name: a path, ``mtbench``, or a key of ``HUB_SOURCES``; a path that exists wins.

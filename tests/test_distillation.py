@@ -17,9 +17,20 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from recurrent_drafting import AutoregressiveDecoder, Verifier, assets, data, distillation, token_rows
-from recurrent_drafting.distillation import Request, SelfData, SelfDataConfig, TransformersEngine
+from recurrent_drafting import (
+    AutoregressiveDecoder,
+    Verifier,
+    assets,
+    data,
+    distillation,
+    engines,
+    regeneration,
+    self_data,
+    token_rows,
+)
+from recurrent_drafting.engines import Request, TransformersEngine
 from recurrent_drafting.errors import DataError, ResourceError, UsageError
+from recurrent_drafting.self_data import SelfData, SelfDataConfig
 from recurrent_drafting.sources import Turn
 from tests.test_data import CHATML
 from tests.tiny import VOCAB, llama_config
@@ -90,12 +101,12 @@ class InterruptedEngine(TransformersEngine):
 
 @pytest.fixture
 def no_openers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distillation, "OPENERS", ("",))
+    monkeypatch.setattr(self_data, "OPENERS", ("",))
 
 
 @pytest.fixture
 def short_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distillation, "_MAX_PROMPT_TOKENS_WRITTEN", 24)
+    monkeypatch.setattr(self_data, "_MAX_PROMPT_TOKENS_WRITTEN", 24)
 
 
 def words(count: int, start: int = 0) -> str:
@@ -113,10 +124,10 @@ def contents(directory: Path) -> dict[str, str]:
 
 def test_user_header_ends_where_the_users_text_begins() -> None:
     tokenizer = make_tokenizer()
-    header = tokenizer.decode(distillation.user_header(tokenizer))
+    header = tokenizer.decode(self_data.user_header(tokenizer))
     assert header == "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\n"
     with pytest.raises(UsageError, match="chat template"):
-        distillation.user_header(make_tokenizer(None))
+        self_data.user_header(make_tokenizer(None))
 
 
 @pytest.mark.usefixtures("no_openers")
@@ -134,7 +145,7 @@ def test_filters_count_every_reason_and_rows_are_prompt_plus_reply(tmp_path: Pat
     ]
     engine = ScriptedEngine(tokenizer, texts)
     write(engine, tmp_path, references=[words(40, 5)], num_rows=8, greedy_share=0.5)
-    rows, report = distillation.load_rows(tmp_path, tokenizer)
+    rows, report = self_data.load_rows(tmp_path, tokenizer)
     assert report.skipped == {
         "repeated prompt": 1,
         "prompt length": 2,
@@ -170,10 +181,10 @@ def test_short_replies_are_left_out_and_an_empty_directory_is_an_error(tmp_path:
     tokenizer = make_tokenizer()
     write(ScriptedEngine(tokenizer, [words(9, index) for index in range(12)], [11, EOS]), tmp_path)
     with pytest.raises(DataError, match="expected chunks"):
-        distillation.load_rows(tmp_path, tokenizer)
+        self_data.load_rows(tmp_path, tokenizer)
     (tmp_path / "chunk-00001.json").write_text('{"rows": [')
     with pytest.raises(DataError, match=r"chunk-00001\.json is no chunk"):
-        distillation.load_rows(tmp_path, tokenizer)
+        self_data.load_rows(tmp_path, tokenizer)
 
 
 @pytest.mark.usefixtures("short_prompts")
@@ -243,30 +254,38 @@ def test_transformers_engine_keeps_order_and_follows_seed_and_temperature() -> N
 def test_cut_loop_keeps_the_beginning_of_a_loop() -> None:
     rng = random.Random(0)
     prose = [rng.randrange(1000, 50_000) for _ in range(80)]
-    assert distillation.cut_loop(prose) == prose
-    assert distillation.cut_loop([]) == []
+    assert engines.cut_loop(prose) == prose
+    assert engines.cut_loop([]) == []
     for period in (1, 7, 40):
         rounds = prose[:period] * (200 // period)
         looping = prose[40:] + rounds
-        cut = distillation.cut_loop(looping, keep=16)
+        cut = engines.cut_loop(looping, keep=16)
         assert cut == looping[: len(cut)]
         # The loop shows from its second round on (4-grams), and 16 tokens of it stay.
         assert 40 + period <= len(cut) - 16 <= 40 + period + 4
     counting = prose[40:] + [token for index in range(12) for token in (*prose[:20], 60_000 + index)]
-    assert 40 < len(distillation.cut_loop(counting, novelty=0.25)) < 180 < len(counting)
+    assert 40 < len(engines.cut_loop(counting, novelty=0.25)) < 180 < len(counting)
     repeated_once = prose[:30] + prose[40:] + prose[:30] + prose[30:40]
-    assert distillation.cut_loop(repeated_once) == repeated_once
+    assert engines.cut_loop(repeated_once) == repeated_once
 
 
 @pytest.mark.usefixtures("short_prompts")
+def test_shared_ngrams_ignore_case_and_punctuation() -> None:
+    text = "one two three four five six seven eight nine ten eleven twelve thirteen"
+    references = self_data.word_ngrams(f"before, {text.upper()}! after")
+    assert self_data.shares_ngram(f"Well... {text.replace(' ', ', ')}.", references)
+    assert not self_data.shares_ngram(text.replace("seven", "7"), references)
+    assert not self_data.shares_ngram("one two", references)
+
+
 def test_packing_keeps_rows_counts_and_how_to_make_them_again(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     write(TransformersEngine(make_verifier()), tmp_path / "rows", num_rows=24)
-    rows, report = distillation.load_rows(tmp_path / "rows", tokenizer)
+    rows, report = self_data.load_rows(tmp_path / "rows", tokenizer)
     assert report.prompts == 24 == report.read + sum(report.skipped.values())
     settings = json.loads((tmp_path / "rows" / "settings.json").read_text())
     path = tmp_path / "some" / "rows.safetensors"
-    distillation.pack(rows, report, path, {**settings, "base": str(tmp_path / "tiny"), "fingerprint": "abc"})
+    self_data.pack(rows, report, path, {**settings, "base": str(tmp_path / "tiny"), "fingerprint": "abc"})
     packed, metadata = token_rows.load_packed(path)
     assert packed.rows == rows
     counts = json.loads(metadata["counts"])
@@ -277,7 +296,7 @@ def test_packing_keeps_rows_counts_and_how_to_make_them_again(tmp_path: Path) ->
     options = metadata["command"].split("recurrent_drafting.distillation ")[1].split()
     parsed = distillation.build_parser().parse_args(options)
     assert (parsed.num_rows, parsed.seed, parsed.engine) == (24, 0, "transformers")
-    first, part = distillation.load_rows(tmp_path / "rows", tokenizer, max_reply_tokens=1)
+    first, part = self_data.load_rows(tmp_path / "rows", tokenizer, max_reply_tokens=1)
     assert first == rows[: len(first)]
     assert part.prompts < 24
 
@@ -337,7 +356,7 @@ def test_sigterm_leaves_whole_chunks_and_code_143(
 def test_vllm_is_asked_for_but_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UsageError, match="vLLM is not installed"):
-        distillation.make_engine("vllm", "tiny")
+        engines.make_engine("vllm", "tiny")
 
 
 def test_vllm_engine_passes_each_request_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,7 +373,7 @@ def test_vllm_engine_passes_each_request_on(monkeypatch: pytest.MonkeyPatch) -> 
     module = SimpleNamespace(LLM=Model, SamplingParams=lambda **options: options)
     monkeypatch.setattr(importlib, "import_module", lambda _: module)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
-    engine = distillation.make_engine("auto", "some/base")
+    engine = engines.make_engine("auto", "some/base")
     texts = engine.generate([Request([1, 2], 7, 0.0), Request([3], 8, 1.0, 0.1)], 16)
     assert texts == [[5, EOS]] * 2
     assert (engine.name, seen["path"], seen["options"]["dtype"]) == ("vllm", "some/base", "bfloat16")
@@ -367,14 +386,14 @@ def test_vllm_engine_passes_each_request_on(monkeypatch: pytest.MonkeyPatch) -> 
 def test_self_rows_prefers_the_packaged_set_of_the_same_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     verifier, tokenizer = make_verifier(), make_tokenizer()
     verifier.fingerprint = "abc"
-    monkeypatch.setattr(distillation, "__file__", str(tmp_path / "package" / "distillation.py"))
-    written = distillation.self_rows(verifier, tokenizer, tmp_path / "run", 24)
+    monkeypatch.setattr(self_data, "__file__", str(tmp_path / "package" / "self_data.py"))
+    written = self_data.self_rows(verifier, tokenizer, tmp_path / "run", 24)
     assert (tmp_path / "run" / "self_data" / "chunk-00000.json").exists()
     packaged = tmp_path / "package" / "data" / "tiny-self.safetensors"
     token_rows.save_packed(written[:2], packaged, {"fingerprint": "another"})
-    assert distillation.self_rows(verifier, tokenizer, tmp_path / "run", 24) == written
+    assert self_data.self_rows(verifier, tokenizer, tmp_path / "run", 24) == written
     token_rows.save_packed(written[:2], packaged, {"fingerprint": "abc"})
-    assert distillation.self_rows(verifier, tokenizer, tmp_path / "unused", 24) == written[:2]
+    assert self_data.self_rows(verifier, tokenizer, tmp_path / "unused", 24) == written[:2]
     assert not (tmp_path / "unused").exists()
 
 
@@ -384,7 +403,7 @@ def test_regenerate_answers_every_user_turn_with_the_verifiers_own_text() -> Non
         (Turn("user", words(3)), Turn("assistant", "gone"), Turn("user", words(2)), Turn("assistant", "gone")),
         (Turn("user", words(4)), Turn("user", words(1))),
     ]
-    rows, report = distillation.regenerate(conversations, verifier, tokenizer, 100)
+    rows, report = regeneration.regenerate(conversations, verifier, tokenizer, 100)
     assert (len(rows), report.read, report.skipped) == (4, 4, {})
     baseline = AutoregressiveDecoder(verifier)
     for row in rows:
@@ -399,4 +418,4 @@ def test_regenerate_answers_every_user_turn_with_the_verifiers_own_text() -> Non
         answer = tokenizer.decode(first.input_ids[start:], skip_special_tokens=True).strip()
         assert answer in tokenizer.decode(later.input_ids[: later.loss_mask.index(True)])
     with pytest.raises(DataError, match="no reply to regenerate"):
-        distillation.regenerate(conversations, verifier, tokenizer, 5)
+        regeneration.regenerate(conversations, verifier, tokenizer, 5)

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import distilled_targets as benchmark
-from recurrent_drafting import AutoregressiveDecoder, DrafterTrainer, Verifier, distillation, token_rows
-from recurrent_drafting.distillation import DistilConfig
+from recurrent_drafting import AutoregressiveDecoder, DrafterTrainer, Verifier, continuations, token_rows
+from recurrent_drafting.continuations import DistilConfig
 from recurrent_drafting.errors import DataError, UsageError
 from recurrent_drafting.token_rows import Collator, EncodedRow, TokenDataset
 from recurrent_drafting.trainer import Supervision, TrainingArguments
@@ -97,10 +97,10 @@ def forwards(verifier: Verifier) -> Iterator[list[tuple[int, int]]]:
 def test_tokens_are_those_of_one_generate_per_position(
     family: str, chunk: int, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distillation, "_MOST_BRANCHES", chunk)
+    monkeypatch.setattr(continuations, "_MOST_BRANCHES", chunk)
     verifier = make_verifier(family)
     rows, config = make_rows(verifier), DistilConfig(5, temperature, seed=7)
-    distilled = distillation.distil(rows, verifier, config)
+    distilled = continuations.distil(rows, verifier, config)
     assert unpadded(distilled) == expected(verifier, rows, config)
     assert [(row.input_ids, row.loss_mask) for row in distilled] == [(row.input_ids, row.loss_mask) for row in rows]
 
@@ -110,14 +110,14 @@ def test_tokens_in_families_whose_layers_slide(name: str) -> None:
     verifier = Verifier(FAMILIES[name].model(windowed=True))
     rows, config = make_rows(verifier)[:1], DistilConfig(4)
     assert len(rows[0].input_ids) > 16  # beyond the window of 8
-    assert unpadded(distillation.distil(rows, verifier, config)) == expected(verifier, rows, config)
+    assert unpadded(continuations.distil(rows, verifier, config)) == expected(verifier, rows, config)
 
 
 @pytest.mark.parametrize("count", [1, 2, 9])
 def test_any_number_of_tokens(count: int) -> None:
     verifier = make_verifier("llama")
     rows, config = make_rows(verifier), DistilConfig(count)
-    distilled = distillation.distil(rows, verifier, config)
+    distilled = continuations.distil(rows, verifier, config)
     assert unpadded(distilled) == expected(verifier, rows, config)
     assert all(row.continuations is not None and row.continuations.shape[1] == count for row in distilled)
 
@@ -126,7 +126,7 @@ def test_seed_and_row_key_the_noise() -> None:
     verifier = make_verifier("llama")
     row = make_rows(verifier)[0]
     found = [
-        unpadded(distillation.distil([row, row], verifier, DistilConfig(5, 1.0, seed))) for seed in (0, 1)
+        unpadded(continuations.distil([row, row], verifier, DistilConfig(5, 1.0, seed))) for seed in (0, 1)
     ]  # fmt: skip
     assert len({str(texts) for pair in found for texts in pair}) == 4
 
@@ -137,7 +137,7 @@ def test_continuations_end_with_eos() -> None:
     with torch.no_grad():
         verifier.model.get_output_embeddings().weight[EOS] *= 3
     rows, config = make_rows(verifier), DistilConfig(5)
-    found = unpadded(distillation.distil(rows, verifier, config))
+    found = unpadded(continuations.distil(rows, verifier, config))
     assert found == expected(verifier, rows, config)
     lengths = {len(continuation) for row in found for continuation in row if continuation[-1] == EOS}
     assert len(lengths - {5}) >= 3
@@ -147,16 +147,16 @@ def test_continuations_end_with_eos() -> None:
 def test_the_context_window_ends_continuations_as_it_ends_generate(length: int) -> None:
     verifier = make_verifier("gpt2")
     row = EncodedRow(random_tokens(random.Random(length), length), [False] * 110 + [True] * (length - 110))
-    found = unpadded(distillation.distil([row], verifier, DistilConfig(5)))
+    found = unpadded(continuations.distil([row], verifier, DistilConfig(5)))
     assert found == expected(verifier, [row], DistilConfig(5))
     assert len(found[0][-1]) == min(5, 129 - length)
     with pytest.raises(DataError, match="row 0 has 129 tokens: expected at most 128"):
-        distillation.distil([EncodedRow([5] * 129, [True] * 129)], verifier, DistilConfig(5))
+        continuations.distil([EncodedRow([5] * 129, [True] * 129)], verifier, DistilConfig(5))
 
 
 def test_rows_without_a_supervised_position_have_no_continuations() -> None:
     rows = [EncodedRow([5] * length, [False] * length) for length in (1, 2, 9)]
-    for row in distillation.distil(rows, make_verifier("llama"), DistilConfig(5)):
+    for row in continuations.distil(rows, make_verifier("llama"), DistilConfig(5)):
         assert row.continuations is not None and row.continuations.shape == (0, 5)
 
 
@@ -170,11 +170,11 @@ def test_settings_out_of_range(settings: tuple[int, float], name: str) -> None:
 
 
 def test_cost_is_a_forward_of_the_text_and_one_per_token_of_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distillation, "_MOST_BRANCHES", 16)
+    monkeypatch.setattr(continuations, "_MOST_BRANCHES", 16)
     verifier = make_verifier("llama")
     text = random_tokens(random.Random(0), 60)
     with forwards(verifier) as seen:
-        [row] = distillation.distil([EncodedRow(text, [False] * 10 + [True] * 50)], verifier, DistilConfig(5))
+        [row] = continuations.distil([EncodedRow(text, [False] * 10 + [True] * 50)], verifier, DistilConfig(5))
     assert row.continuations is not None and len(row.continuations) == 49
     assert seen[0] == (60, 60)
     # Random text is hardly ever what the verifier says: almost every position is a branch of its own.
@@ -188,11 +188,11 @@ def test_cost_is_a_forward_of_the_text_and_one_per_token_of_a_chunk(monkeypatch:
 
 
 def test_a_wide_vocabulary_makes_chunks_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distillation, "_LOGITS_AT_ONCE", 10 * VOCAB)
+    monkeypatch.setattr(continuations, "_LOGITS_AT_ONCE", 10 * VOCAB)
     verifier = make_verifier("llama")
     text = random_tokens(random.Random(0), 60)
     with forwards(verifier) as seen:
-        distillation.distil([EncodedRow(text, [True] * 60)], verifier, DistilConfig(3))
+        continuations.distil([EncodedRow(text, [True] * 60)], verifier, DistilConfig(3))
     assert max(queries for queries, _ in seen[1:]) == 10
 
 
@@ -202,7 +202,7 @@ def test_the_verifiers_own_text_costs_hardly_more_than_its_forward() -> None:
     text = [*prompt, *own_text(verifier, prompt, 50)]
     row = EncodedRow(text, [False] * 6 + [True] * (len(text) - 6))
     with forwards(verifier) as seen:
-        found = unpadded(distillation.distil([row], verifier, DistilConfig(5)))
+        found = unpadded(continuations.distil([row], verifier, DistilConfig(5)))
     assert found == expected(verifier, [row], DistilConfig(5))
     # The text's end is the only place where branches leave it.
     assert seen == [(56, 56), (1, 57), (1, 58), (1, 59), (1, 60)]
@@ -221,7 +221,7 @@ def test_nothing_grows_behind_an_eos(next_turn: int) -> None:
         text = [*prompt, *reply[:-1], last, *[5] * next_turn]
         mask = [False] * 6 + [True] * len(reply) + [False] * next_turn
         with forwards(verifier) as seen:
-            found = unpadded(distillation.distil([EncodedRow(text, mask)], verifier, DistilConfig(5)))
+            found = unpadded(continuations.distil([EncodedRow(text, mask)], verifier, DistilConfig(5)))
         assert found == expected(verifier, [EncodedRow(text, mask)], DistilConfig(5))
         assert seen == [(len(text), len(text))]
 
@@ -252,7 +252,7 @@ def test_text_that_is_the_verifiers_own_gives_the_same_supervision_either_way() 
         prompt = random_tokens(random.Random(seed), 4 + seed)
         reply = own_text(verifier, prompt, 15 + seed)
         rows.append(EncodedRow(prompt + reply, [False] * len(prompt) + [True] * len(reply)))
-    inputs = Collator()(distillation.distil(rows, verifier, DistilConfig(5)))
+    inputs = Collator()(continuations.distil(rows, verifier, DistilConfig(5)))
     assert inputs["continuations"].shape == (3, 16, 5)
     assert (inputs["continuations"][0, 14:] == -1).all()  # behind the first row's own positions
     text = Supervision.from_batch(inputs["input_ids"], inputs["loss_mask"], 4)
@@ -281,7 +281,7 @@ def test_a_drafter_learns_the_continuations_and_not_the_text(tmp_path: Path) -> 
     """The texts are random, so the tokens that follow are no more than what was made of them."""
     verifier, rng = make_verifier("llama"), random.Random(5)
     texts = [EncodedRow(random_tokens(rng, 30), [False] * 5 + [True] * 25) for _ in range(4)]
-    rows = distillation.distil(texts, verifier, DistilConfig(3))
+    rows = continuations.distil(texts, verifier, DistilConfig(3))
     trainer = train(verifier, rows, tmp_path, objective="ce")
     assert trainer.evaluate()["eval_top1_depth_1"] > 0.9
     on_text = trainer.evaluate(TokenDataset(texts))
@@ -290,7 +290,7 @@ def test_a_drafter_learns_the_continuations_and_not_the_text(tmp_path: Path) -> 
 
 def test_kl_needs_distributions_that_continuations_have_not(tmp_path: Path) -> None:
     verifier = make_verifier("llama")
-    rows = distillation.distil(make_rows(verifier), verifier, DistilConfig(3))
+    rows = continuations.distil(make_rows(verifier), verifier, DistilConfig(3))
     for settings in ({}, {"objective": "expected_length", "expected_length_share": 0.5}):
         with pytest.raises(UsageError, match="use --objective ce"):
             train(verifier, rows, tmp_path, max_steps=1, **settings)
@@ -302,7 +302,7 @@ def test_the_expected_length_rises_when_it_is_the_objective(source: str, tmp_pat
     verifier = make_verifier("llama")
     rows = make_rows(verifier)
     if source == "distilled":
-        rows = distillation.distil(rows, verifier, DistilConfig(3))
+        rows = continuations.distil(rows, verifier, DistilConfig(3))
     trainer = train(verifier, rows, tmp_path, objective="expected_length")
     history = [entry["expected_length"] for entry in trainer.state.log_history if "loss" in entry]
     assert history[0] < 0.1 and history[-1] > 0.6

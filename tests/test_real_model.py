@@ -15,6 +15,7 @@ from recurrent_drafting import (
     Verifier,
     assets,
     data,
+    self_data,
     sources,
     token_rows,
 )
@@ -76,14 +77,14 @@ def test_packaged_conversations_share_no_13_gram_with_mt_bench() -> None:
     assert PACKAGED
     tokenizer = data.load_tokenizer(BASE)
     turns = [turn for _, row in sources.read_json_rows(assets.fetch("mt-bench")) for turn in row["turns"]]
-    references = data.ngrams_of(turns)
+    references = self_data.ngrams_of(turns)
     assert len(references) > 1000
     header = data.render(tokenizer, [{"role": "user", "content": "Hello"}], ask=True)[:20]
     count = 0
     for path in PACKAGED:
         packed, metadata = token_rows.load_packed(path)
         assert metadata["fingerprint"] == assets.ASSETS[BASE].sha256
-        shared = [row for row in packed.rows if data.shares_ngram(tokenizer.decode(row.input_ids), references)]
+        shared = [row for row in packed.rows if self_data.shares_ngram(tokenizer.decode(row.input_ids), references)]
         assert not shared
         assert all(row.input_ids[:20] == header for row in packed.rows)
         count += len(packed)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import train_speculator
-from recurrent_drafting import AutoregressiveDecoder, GenerationOutput, distillation, estimate
-from recurrent_drafting.distillation import Request, TransformersEngine
+from recurrent_drafting import AutoregressiveDecoder, GenerationOutput, distillation, engines, estimate
+from recurrent_drafting.engines import Request, TransformersEngine
 from tests.faults.common import Capture, refused, train_argv
 from tests.text_models import TEMPLATE, load_verifier, save_base
 
@@ -166,11 +166,11 @@ def test_no_reply_is_decoded_further_than_its_batch_can_keep(base: str, monkeypa
 
     monkeypatch.setattr(AutoregressiveDecoder, "generate", counted)
     monkeypatch.setattr(distillation, "regenerate", kept)
-    rows = save(*[talk("x" * (9 * (index % 5) + 1)) for index in range(distillation.REPLY_BATCH + 3)])
+    rows = save(*[talk("x" * (9 * (index % 5) + 1)) for index in range(engines.REPLY_BATCH + 3)])
     assert run(base, rows) == 0
     assert [shortest + limit for shortest, limit in decoded] == [LENGTH] * 2 and decoded[0] != decoded[1]
     verifier = load_verifier(Path(base))
     for row in found[0][0][::4]:
         start = row.loss_mask.index(True)
         whole = generate(AutoregressiveDecoder(verifier), [row.input_ids[:start]], max_new_tokens=LENGTH).sequences[0]
-        assert row.input_ids[start:] == distillation.cut_loop(whole[: LENGTH - start])
+        assert row.input_ids[start:] == engines.cut_loop(whole[: LENGTH - start])

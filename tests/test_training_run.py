@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from recurrent_drafting import distillation, estimate
+from recurrent_drafting import continuations, estimate, self_data
 from recurrent_drafting.checkpoint import load_drafter
 from recurrent_drafting.config import BeamConfig
 from recurrent_drafting.decoding import SpeculativeDecoder
@@ -156,7 +156,7 @@ def test_many_rows_of_the_bases_own_need_a_word_too(
     monkeypatch.setattr(estimate, "LARGE_HOURS", 0.0)
     assert run(base, "self") == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert f"{distillation.SELF_ROWS} replies of the base" in line and "--yes" in line and "--dataset_name" in line
+    assert f"{self_data.SELF_ROWS} replies of the base" in line and "--yes" in line and "--dataset_name" in line
     assert list(Path("out").iterdir()) == []
 
 
@@ -207,7 +207,7 @@ def test_writing_time_grows_with_the_replies(base: str) -> None:
 def test_distilling_time_grows_with_the_rows(base: str) -> None:
     verifier, turns = load_verifier(Path(base)), [(Turn("user", "ab"), Turn("assistant", "cdefgh"))]
     sets = [estimate.given_replies(turns * count, make_tokenizer(), 96, assistant_only=True) for count in (10, 1000)]
-    config = distillation.DistilConfig()
+    config = continuations.DistilConfig()
     seconds = [estimate.distilling_seconds(verifier, expected, config) for expected in sets]
     assert 0 < 10 * seconds[0] < seconds[1]
     assert estimate.distilling_seconds(verifier, sets[0], None) == 0.0

@@ -18,8 +18,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from recurrent_drafting import BeamConfig, Drafter, RecurrentDraftingConfig, Verifier, beam_search, distillation
-from recurrent_drafting.distillation import Request
+from recurrent_drafting import BeamConfig, Drafter, RecurrentDraftingConfig, Verifier, beam_search, engines
+from recurrent_drafting.engines import Request
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 import vllm
@@ -322,11 +322,11 @@ def test_the_data_engine_writes_what_transformers_write(tiny: Tiny) -> None:
     greedy = [Request(ids, seed, 0.0) for seed, ids in enumerate(prompts(12, seed=13, length=9))]
     sampled = [Request(ids, 100 + seed, 1.0, 0.03) for seed, ids in enumerate(prompts(4, seed=14))]
     with in_this_process():
-        engine = distillation.VllmEngine(tiny.base, MAX_MODEL_LEN)
+        engine = engines.VllmEngine(tiny.base, MAX_MODEL_LEN)
         rows, again = (engine.generate([*greedy, *sampled], 40) for _ in range(2))
     assert rows == again
     verifier = Verifier(LlamaForCausalLM.from_pretrained(tiny.base).eval(), name_or_path=tiny.base)
-    expected = distillation.TransformersEngine(verifier).generate(greedy, 40)
+    expected = engines.TransformersEngine(verifier).generate(greedy, 40)
     for request, row, other in zip(greedy, rows, expected, strict=False):
         split = next((i for i, pair in enumerate(zip(row, other, strict=False)) if pair[0] != pair[1]), None)
         if split is None:

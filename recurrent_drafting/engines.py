@@ -1,0 +1,172 @@
+"""Engines that continue prompts with the verifier, batch by batch, and the end of replies that loop."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from recurrent_drafting import assets
+from recurrent_drafting.config import SamplingConfig
+from recurrent_drafting.decoding import AutoregressiveDecoder
+from recurrent_drafting.errors import UsageError
+from recurrent_drafting.verifier import Verifier
+
+# Requests that transformers decode together.
+REPLY_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text to be written.
+
+    Args:
+        prompt: token ids.
+        seed: key of its randomness; the same request always gives the same text.
+        temperature: 0 is greedy.
+        min_p: least probability, as a share of the most likely token's.
+    """
+
+    prompt: list[int]
+    seed: int
+    temperature: float
+    min_p: float = 0.0
+
+
+class Engine(Protocol):
+    """Something that continues prompts with the verifier.
+
+    Args:
+        name: as in ``make_engine``.
+    """
+
+    name: str
+
+    def generate(self, requests: Sequence[Request], max_new_tokens: int) -> list[list[int]]:
+        """Return the new token ids of each request, EOS included if produced."""
+
+
+class VllmEngine:
+    """The vLLM engine; several times faster than batches of transformers.
+
+    Args:
+        model_directory: local model.
+        max_model_len: longest prompt and reply together, in tokens.
+    """
+
+    name = "vllm"
+
+    def __init__(self, model_directory: str, max_model_len: int = 1024) -> None:
+        # An optional package: nothing else here may need it.
+        self._vllm = importlib.import_module("vllm")
+        self._llm = self._vllm.LLM(
+            model_directory,
+            dtype="bfloat16",
+            max_model_len=max_model_len,
+            max_num_seqs=128,
+            max_num_batched_tokens=8 * max_model_len,
+            # vLLM 0.32 on a CPU dies when a request with a seed has its prompt split over steps.
+            enable_chunked_prefill=False,
+            enforce_eager=True,
+            disable_log_stats=True,
+        )
+
+    def generate(self, requests: Sequence[Request], max_new_tokens: int) -> list[list[int]]:
+        """Return the new token ids of each request, EOS included if produced."""
+        parameters = [
+            self._vllm.SamplingParams(
+                temperature=item.temperature,
+                min_p=item.min_p,
+                seed=item.seed,
+                max_tokens=max_new_tokens,
+                detokenize=False,
+            )
+            for item in requests
+        ]
+        prompts: list[Any] = [{"prompt_token_ids": item.prompt} for item in requests]
+        results = self._llm.generate(prompts, parameters, use_tqdm=False)
+        return [list(result.outputs[0].token_ids) for result in results]
+
+
+class TransformersEngine:
+    """Batches of the package's own baseline decoder.
+
+    Args:
+        verifier: the model that writes.
+        batch_size: requests per batch.
+        max_length: longest prompt and text together, in tokens; a prompt of that length has no text.
+    """
+
+    name = "transformers"
+
+    def __init__(self, verifier: Verifier, batch_size: int = REPLY_BATCH, max_length: int = sys.maxsize) -> None:
+        self._decoder = AutoregressiveDecoder(verifier)
+        self._batch_size = batch_size
+        self._max_length = max_length
+
+    def generate(self, requests: Sequence[Request], max_new_tokens: int) -> list[list[int]]:
+        """Return the new token ids of each request, EOS included if produced."""
+        texts: list[list[int]] = [[] for _ in requests]
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
+        for temperature, min_p in sorted({(item.temperature, item.min_p) for item in requests}):
+            group = [i for i in order if (requests[i].temperature, requests[i].min_p) == (temperature, min_p)]
+            for start in range(0, len(group), self._batch_size):
+                batch = group[start : start + self._batch_size]
+                # A batch has one limit: what its first and shortest prompt leaves.
+                output = self._decoder.generate(
+                    [requests[i].prompt for i in batch],
+                    max_new_tokens=min(max_new_tokens, self._room(requests[batch[0]])),
+                    sampling=SamplingConfig(temperature=temperature, min_p=min_p),
+                    request_ids=[requests[i].seed for i in batch],
+                )
+                for i, tokens in zip(batch, output.sequences, strict=True):
+                    texts[i] = tokens[: self._room(requests[i])]
+        return texts
+
+    def _room(self, request: Request) -> int:
+        return max(self._max_length - len(request.prompt), 0)
+
+
+def make_engine(name: str, model: str) -> Engine:
+    """Build the engine by name: auto (vLLM where it is installed), vllm or transformers.
+
+    Raises:
+        UsageError: vLLM is asked for and not installed.
+    """
+    installed = importlib.util.find_spec("vllm") is not None
+    if name == "vllm" and not installed:
+        raise UsageError("--engine vllm: vLLM is not installed; install it or use --engine transformers")
+    if name == "transformers" or not installed:
+        return TransformersEngine(Verifier.from_pretrained(model))
+    return VllmEngine(assets.source_of(model))
+
+
+def cut_loop(tokens: list[int], reach: int = 128, novelty: float = 0.1, keep: int = 64) -> list[int]:
+    """Shorten a reply that ends in a loop, exact or nearly so, and keep the loop's beginning.
+
+    A token is novel if the 4-gram that it ends did not end within the ``reach`` tokens before. The
+    loop is the longest end of the reply with at most a share ``novelty`` of such tokens; its first
+    ``keep`` tokens stay, because the verifier loops when it serves as well, and the drafter must
+    follow it into the loop.
+
+    Args:
+        tokens: a reply.
+        reach: tokens looked back.
+        novelty: share of novel tokens in a loop.
+        keep: tokens of the loop that stay.
+    """
+    last: dict[tuple[int, ...], int] = {}
+    novel = []
+    for index in range(len(tokens)):
+        gram = tuple(tokens[max(index - 3, 0) : index + 1])
+        novel.append(index - last.get(gram, -reach - 1) > reach)
+        last[gram] = index
+    start, count = len(tokens), 0
+    for index in range(len(tokens) - 1, -1, -1):
+        count += novel[index]
+        if not novel[index] and count <= novelty * (len(tokens) - index):
+            start = index
+    return tokens[: start + keep]
