@@ -28,7 +28,8 @@ from recurrent_drafting.errors import DataError, ModelError, NetworkError, Usage
 if TYPE_CHECKING:
     from recurrent_drafting import Drafter, SpeculativeDecoder, Verifier
     from recurrent_drafting.detokenizer import StopStrings
-    from recurrent_drafting.evaluation import Question, RunSettings
+    from recurrent_drafting.evaluation import RunSettings
+    from recurrent_drafting.prompt_files import Question
 
 MODES = ("--prompt", "--prompt_file", "--interactive", "--eval_mt_bench", "--eval_file")
 TRAINED = "models/*-recurrent-drafter*"
@@ -473,16 +474,16 @@ def talk(verifier: Verifier, decoder: SpeculativeDecoder | None, tokenizer: Any,
 
 def load_questions(args: argparse.Namespace) -> list[Question] | None:
     """Read the prompt file of an evaluation; None in the other modes."""
-    from recurrent_drafting import evaluation
+    from recurrent_drafting import prompt_files
 
     if not args.eval_mt_bench and args.eval_file is None:
         return None
     source = "mt-bench" if args.eval_mt_bench else args.eval_file
     count, spread = args.max_num_prompts, args.sweep
     if args.sweep and count is None:
-        whole, _ = evaluation.load_questions(source, skip_bad_rows=args.skip_bad_rows)
+        whole, _ = prompt_files.load_questions(source, skip_bad_rows=args.skip_bad_rows)
         count = min(SWEEP_PROMPTS, len(whole))
-    questions, note = evaluation.load_questions(source, count, spread=spread, skip_bad_rows=args.skip_bad_rows)
+    questions, note = prompt_files.load_questions(source, count, spread=spread, skip_bad_rows=args.skip_bad_rows)
     if note:
         _say(note)
     return questions
@@ -547,11 +548,11 @@ def sweep(
 
 def deliver(args: argparse.Namespace, record: dict[str, Any]) -> None:
     """Write results and report, tell the tracker, and insist on equal texts."""
-    from recurrent_drafting import answers, evaluation, evaluation_log, evaluation_tracking, report
+    from recurrent_drafting import answers, evaluation_log, evaluation_tracking, report, result_files
     from recurrent_drafting.lossless import LosslessReport
 
     if args.output_file is not None:
-        evaluation.write_json(record, Path(args.output_file))
+        result_files.write_json(record, Path(args.output_file))
         evaluation_log.path_for(Path(args.output_file)).unlink(missing_ok=True)
         print(f"results: {args.output_file}")
     if args.answer_file is not None:

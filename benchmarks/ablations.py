@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from recurrent_drafting import BeamConfig, Verifier, cli, data, evaluation, self_data, train_serve
+from recurrent_drafting import BeamConfig, Verifier, cli, data, result_files, self_data, train_serve
 from recurrent_drafting.assets import DEFAULT_BASE
 from recurrent_drafting.checkpoint import load_drafter
 from recurrent_drafting.decoding import SpeculativeDecoder
@@ -78,8 +78,8 @@ def train(args: argparse.Namespace, recipe: str, output: Path) -> float:
 
 def write_row(args: argparse.Namespace, recipe: str, figures: dict[str, Any], path: Path) -> None:
     """Write what a row is, what it took, and on what its tau was measured."""
-    common = {"new_tokens": args.new_tokens, "machine": evaluation.machine()}
-    evaluation.write_json({"command": f"python train_speculator.py {recipe}", **figures, **common}, path)
+    common = {"new_tokens": args.new_tokens, "machine": result_files.machine()}
+    result_files.write_json({"command": f"python train_speculator.py {recipe}", **figures, **common}, path)
 
 
 def held_out(args: argparse.Namespace, verifier: Verifier, tokenizer: Any) -> list[list[int]]:

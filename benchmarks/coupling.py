@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 import harness
-from recurrent_drafting import SamplingConfig, Verifier, cli, data, evaluation
+from recurrent_drafting import SamplingConfig, Verifier, cli, data, evaluation, prompt_files
 from recurrent_drafting.checkpoint import load_drafter
 
 _SETTINGS = (
@@ -33,7 +33,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     beam = drafter.config.beam
     if args.lookup_length is not None:
         beam = replace(beam, lookup_length=args.lookup_length)
-    questions, _ = evaluation.load_questions("mt-bench", args.prompts, spread=True)
+    questions, _ = prompt_files.load_questions("mt-bench", args.prompts, spread=True)
     rows: list[dict[str, Any]] = []
     for temperature in args.temperatures:
         for strength in args.strengths if temperature else [0.0]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from recurrent_drafting import cli, data, evaluation
+from recurrent_drafting import cli, data, prompt_files, result_files
 from recurrent_drafting.assets import DEFAULT_BASE
 
 
@@ -52,20 +52,20 @@ def head(script: str, args: argparse.Namespace, *flags: str) -> dict[str, Any]:
     return {
         "command": command(script, args, *flags),
         "base_model": args.base_model,
-        "machine": evaluation.machine(),
+        "machine": result_files.machine(),
     }
 
 
 def mt_bench_prompts(base_model: str, count: int | None) -> list[list[int]]:
     """Return the token ids of MT-Bench's first turns, so many of them spread over the file, or all."""
     tokenizer = data.load_tokenizer(base_model)
-    questions, _ = evaluation.load_questions("mt-bench", count, spread=True)
+    questions, _ = prompt_files.load_questions("mt-bench", count, spread=True)
     return [data.render(tokenizer, [{"role": "user", "content": item.turns[0]}], ask=True) for item in questions]
 
 
 def write(record: dict[str, Any], output: Path | None, plot: Callable[[dict[str, Any]], str] | None = None) -> None:
     """Write a record where ``--output`` says, and the page that ``plot`` draws of it beside it."""
     if output:
-        evaluation.write_json(record, output)
+        result_files.write_json(record, output)
         if plot:
-            evaluation.write_text(plot(record), output.with_suffix(".html"))
+            result_files.write_text(plot(record), output.with_suffix(".html"))

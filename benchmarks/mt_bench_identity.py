@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import harness
-from recurrent_drafting import SamplingConfig, Verifier, cli, data, evaluation
+from recurrent_drafting import SamplingConfig, Verifier, cli, data, evaluation, prompt_files
 from recurrent_drafting.checkpoint import load_drafter
 
 SETTINGS = {
@@ -51,7 +51,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
 
 def run(case: Case, args: argparse.Namespace, verifier: Verifier, tokenizer: Any, drafter: Any) -> dict[str, Any]:
     """Decode a case's prompts with both decoders and audit the texts."""
-    questions, _ = evaluation.load_questions("mt-bench", case.prompts, spread=True)
+    questions, _ = prompt_files.load_questions("mt-bench", case.prompts, spread=True)
     settings = evaluation.RunSettings(
         base_model=args.base_model,
         speculator_path=args.speculator_path,

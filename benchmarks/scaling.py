@@ -25,7 +25,7 @@ import torch
 
 import harness
 from ablations import HELD_OUT_ROWS, decode, make_recipe, train, write_row
-from recurrent_drafting import Verifier, cli, data, evaluation, plots, report, self_data
+from recurrent_drafting import Verifier, cli, data, plots, report, result_files, self_data
 from recurrent_drafting.assets import DEFAULT_BASE
 
 
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(measure_trained(args, total, verifier, prompts), flush=True)
     records = [json.loads(path.read_text()) for path in sorted(args.output_dir.glob("epochs-*.json"))]
     print(show(records, args.epochs))
-    evaluation.write_text(plot(records), args.output_dir / "curve.html")
+    result_files.write_text(plot(records), args.output_dir / "curve.html")
     return 0
 
 

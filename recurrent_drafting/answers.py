@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recurrent_drafting import evaluation
+from recurrent_drafting import evaluation, result_files
 
 _ID_LETTERS = 22  # as many as their own
 
@@ -35,7 +35,7 @@ def write(record: dict[str, Any], path: Path) -> list[Path]:
         kinds.append((path.with_name(f"{path.stem}-baseline{path.suffix}"), "baseline"))
     for file, method in kinds:
         lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in answers(record, method)]
-        evaluation.write_text("".join(lines), file)
+        result_files.write_text("".join(lines), file)
     return [file for file, _ in kinds]
 
 

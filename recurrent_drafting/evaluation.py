@@ -1,26 +1,24 @@
-"""Evaluation: prompt files, runs, comparison with the baseline, and what they write."""
+"""Evaluation: runs over prompts, comparison with the baseline, and the record of both.
+
+Scripts take the questions and the writing of records from here as well.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
-import platform
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-import recurrent_drafting
-from recurrent_drafting import assets, data, evaluation_log, lossless, sources
+from recurrent_drafting import assets, evaluation_log, lossless
 from recurrent_drafting.config import BeamConfig, SamplingConfig
 from recurrent_drafting.decoding import (
     AutoregressiveDecoder,
@@ -28,34 +26,32 @@ from recurrent_drafting.decoding import (
     SpeculativeDecoder,
     Step,
 )
-from recurrent_drafting.detokenizer import BROKEN, StopStrings, decode, token_texts
+from recurrent_drafting.detokenizer import StopStrings, decode, token_texts
 from recurrent_drafting.drafter import Drafter
-from recurrent_drafting.errors import DISK_FULL, DataError, ResourceError, UsageError
 from recurrent_drafting.evaluation_log import EvaluationLog
-from recurrent_drafting.latency_cache import latency_table, processor
+from recurrent_drafting.latency_cache import latency_table
 from recurrent_drafting.lossless import LosslessReport
 from recurrent_drafting.metrics import DecodingStats
+from recurrent_drafting.prompt_files import Question, encode_prompt, load_questions
+from recurrent_drafting.result_files import machine, write_json
 from recurrent_drafting.tree_budget import LatencyCurve, LatencyTable
 from recurrent_drafting.verifier import Verifier
 
-_TURNS_PER_QUESTION = 16
+__all__ = [
+    "Evaluation",
+    "Question",
+    "RunSettings",
+    "choice",
+    "compare",
+    "format_summary",
+    "load_questions",
+    "run_baseline",
+    "run_speculative",
+    "speculative_decoder",
+    "write_json",
+]
+
 _WARM_UP_TOKENS = 8
-
-
-@dataclass(frozen=True)
-class Question:
-    """One question of a prompt file."""
-
-    question_id: int | str
-    category: str
-    turns: tuple[str, ...]
-
-    def request_id(self, turn: int) -> int:
-        """Return the key of the noise of one turn: a function of the question alone."""
-        if isinstance(self.question_id, int):
-            return self.question_id * _TURNS_PER_QUESTION + turn
-        digest = hashlib.sha256(self.question_id.encode()).digest()
-        return int.from_bytes(digest[:6], "big") * _TURNS_PER_QUESTION + turn
 
 
 @dataclass(frozen=True)
@@ -138,68 +134,6 @@ class _Finished:
         return cls(rows, {name: DecodingStats(**item) for name, item in entry["stats"].items()}, entry["cut"])
 
 
-def load_questions(
-    source: str,
-    max_num_prompts: int | None = None,
-    *,
-    spread: bool = False,
-    skip_bad_rows: bool = False,
-) -> tuple[list[Question], str]:
-    """Read a FastChat/Spec-Bench style file: ``question_id``, ``category``, ``turns`` per line.
-
-    Args:
-        source: a packaged name or a path.
-        max_num_prompts: questions to use; None uses all.
-        spread: take them evenly over the file instead of from its start.
-        skip_bad_rows: leave malformed rows out.
-
-    Returns:
-        The questions and a note for the user (empty if there is nothing to say).
-
-    Raises:
-        DataError: unreadable, empty or malformed.
-    """
-    path = assets.fetch(source) if assets.is_asset(source) else Path(source)
-    questions: list[Question] = []
-    skipped = 0
-    for where, row in sources.read_json_rows(path):
-        try:
-            if isinstance(row, DataError):
-                raise row
-            questions.append(_question(row, where))
-        except DataError:
-            if not skip_bad_rows:
-                raise
-            skipped += 1
-    if not questions:
-        raise DataError(f"{path} holds no question: expected lines with question_id, category and turns")
-    notes = [f"{skipped} bad rows skipped"] if skipped else []
-    wanted = len(questions) if max_num_prompts is None else max_num_prompts
-    if wanted > len(questions):
-        notes.append(f"{source} has {len(questions)} prompts, {wanted} were asked for: all are used")
-    count = min(wanted, len(questions))
-    step = len(questions) / count if spread else 1
-    return [questions[int(index * step)] for index in range(count)], "; ".join(notes)
-
-
-def _question(row: Any, where: str) -> Question:
-    turns = row.get("turns") if isinstance(row, dict) else None
-    texts = isinstance(turns, list) and bool(turns) and all(isinstance(turn, str) for turn in turns)
-    if not texts or not isinstance(row.get("question_id"), (int, str)) or not all(map(_is_unicode, [*row.values()])):
-        found = sorted(row) if isinstance(row, dict) else type(row).__name__
-        raise DataError(
-            f"{where}: expected question_id, category and turns (a list of texts in valid Unicode), found {found}; "
-            "fix the row or pass --skip_bad_rows"
-        )
-    return Question(row["question_id"], str(row.get("category", "")), tuple(turns or ()))
-
-
-def _is_unicode(value: Any) -> bool:
-    """Tell whether a text, and every text of a list, has no half of a surrogate pair."""
-    texts = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
-    return all(sources.is_unicode(text) for text in texts)
-
-
 def speculative_decoder(
     verifier: Verifier,
     drafter: Drafter,
@@ -224,38 +158,6 @@ def speculative_decoder(
     if settings.auto_tree and decoder.beam.max_nodes is None:
         decoder.latency = latency_table(verifier, decoder.drafter, decoder.beam, settings.batch_size, repeats=repeats)
     return decoder
-
-
-def encode_prompt(tokenizer: Any, messages: Sequence[dict[str, str]], limit: int) -> tuple[list[int], bool]:
-    """Render messages within the prompt limit; tell whether anything was cut.
-
-    Args:
-        tokenizer: of the base.
-        messages: the conversation, a user text last.
-        limit: most tokens of the prompt.
-
-    Raises:
-        DataError: the limit leaves no room for a prompt.
-    """
-    kept = list(messages)
-    ids = data.render(tokenizer, kept, ask=True)
-    if len(ids) <= limit:
-        return ids, False
-    while len(ids) > limit and len(kept) > 2:
-        kept = kept[2:]
-        ids = data.render(tokenizer, kept, ask=True)
-    text = tokenizer(kept[-1]["content"], add_special_tokens=False)["input_ids"]
-    room = len(text)
-    while len(ids) > limit:
-        room -= len(ids) - limit
-        if room < 1:
-            raise DataError(
-                f"--max_prompt_length {limit} leaves no room for a prompt: the chat template "
-                "takes that many tokens by itself; raise it"
-            )
-        short = {**kept[-1], "content": decode(tokenizer, text[:room]).rstrip(BROKEN)}
-        ids = data.render(tokenizer, [*kept[:-1], short], ask=True)
-    return ids, True
 
 
 class Evaluation:
@@ -597,18 +499,6 @@ def _weights_digest(drafter: Drafter) -> str:
     return digest.hexdigest()[:12]
 
 
-def speedup(row: dict[str, Any]) -> float | None:
-    """Return how many times faster than the baseline a row of a record was, None if that was not measured."""
-    ours, baseline = rate(row), rate(row, "baseline_")
-    return ours / baseline if ours and baseline else None
-
-
-def rate(row: dict[str, Any], prefix: str = "") -> float | None:
-    """Return tokens per second of a row of a record, None if it has none; the baseline's with its prefix."""
-    tokens, seconds = row.get(f"{prefix}tokens"), row.get(f"{prefix}seconds")
-    return tokens / seconds if tokens and seconds else None
-
-
 def _rate(row: _Row, name: str) -> float:
     output = row.outputs[name]
     return float(len(output["tokens"]) / output["seconds"])
@@ -646,69 +536,6 @@ def run_baseline(
 ) -> dict[str, Any]:
     """Run the autoregressive baseline alone."""
     return Evaluation(verifier, None, tokenizer, settings, baseline=True).run(questions, progress)
-
-
-def machine() -> dict[str, Any]:
-    """Describe where figures were measured: processor, threads, versions."""
-    packages = ("torch", "transformers", "datasets", "accelerate", "safetensors", "tokenizers")
-    return {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "accelerators": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "versions": {
-            "recurrent_drafting": recurrent_drafting.__version__,
-            **{name: _version(name) for name in packages},
-        },
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def write_json(record: dict[str, Any], path: Path) -> None:
-    """Write a record whole or not at all; values that JSON has no word for (NaN) become null.
-
-    Raises:
-        UsageError: the path cannot be written.
-        ResourceError: the disk is full.
-    """
-    write_text(json.dumps(plain(record), indent=2, ensure_ascii=False, allow_nan=False), path)
-
-
-def write_text(text: str, path: Path) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        UsageError: the path cannot be written.
-        ResourceError: the disk is full.
-    """
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        kind = ResourceError if error.errno in DISK_FULL else UsageError
-        raise kind(f"{path} cannot be written: {error.strerror}; name another file") from error
-
-
-def plain(value: Any) -> Any:
-    """Turn a record into what JSON knows: values it has no word for (NaN) become null."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def format_summary(summary: dict[str, Any]) -> str:

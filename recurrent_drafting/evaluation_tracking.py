@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from recurrent_drafting import tracking
-from recurrent_drafting.evaluation import plain, speedup
+from recurrent_drafting.result_files import plain, speedup
 
 DEFAULT_PROJECT = "recurrent-drafting"
 # What leaves the machine besides figures. Nothing of the environment, the command line or the code does.

@@ -18,10 +18,10 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from recurrent_drafting import cli, evaluation, plots
+from recurrent_drafting import cli, plots, result_files
 from recurrent_drafting.errors import DataError
-from recurrent_drafting.evaluation import plain, rate, speedup
 from recurrent_drafting.plots import DASH, Line, Series, number
+from recurrent_drafting.result_files import plain, rate, speedup
 
 _TEMPLATE = Path(__file__).parent / "templates" / "report.html"
 _SHOWN_PROMPTS = 3
@@ -94,7 +94,7 @@ def write(results: Sequence[Result], path: Path) -> None:
     Raises:
         UsageError: the path cannot be written.
     """
-    evaluation.write_text(render(results), path)
+    result_files.write_text(render(results), path)
 
 
 def write_training(history: Sequence[dict[str, Any]], steps: int, evaluations: dict[str, Any], path: Path) -> None:

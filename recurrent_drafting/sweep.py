@@ -11,13 +11,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from recurrent_drafting import assets, checkpoint, evaluation, lossless, manifest
+from recurrent_drafting import assets, checkpoint, evaluation, lossless, manifest, prompt_files, result_files
 from recurrent_drafting.config import BeamConfig, SamplingConfig, SweepGrid
 from recurrent_drafting.decoding import AutoregressiveDecoder, GenerationOutput, SpeculativeDecoder
 from recurrent_drafting.drafter import Drafter
-from recurrent_drafting.evaluation import Question, RunSettings
+from recurrent_drafting.evaluation import RunSettings
 from recurrent_drafting.lossless import LosslessReport
 from recurrent_drafting.metrics import DecodingStats
+from recurrent_drafting.prompt_files import Question
 from recurrent_drafting.verifier import Verifier
 
 _WARM_UP_TOKENS = 8
@@ -141,7 +142,7 @@ class Sweep:
             asked = questions[start : start + size]
             messages = [[{"role": "user", "content": question.turns[0]}] for question in asked]
             prompts = [
-                evaluation.encode_prompt(self._tokenizer, item, settings.max_prompt_length)[0] for item in messages
+                prompt_files.encode_prompt(self._tokenizer, item, settings.max_prompt_length)[0] for item in messages
             ]
             if start == 0:
                 for decoder in (self._baseline, *self._decoders.values()):
@@ -200,7 +201,7 @@ class Sweep:
                     "speedup": gain,
                 },
             },
-            "machine": evaluation.machine(),
+            "machine": result_files.machine(),
             "settings": {
                 "max_new_tokens": settings.max_new_tokens,
                 "max_prompt_length": settings.max_prompt_length,

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from recurrent_drafting import checkpoint, data, evaluation, manifest, sources
+from recurrent_drafting import checkpoint, data, manifest, prompt_files, sources
 from recurrent_drafting.draft_tree import Beams, DraftTree
 from recurrent_drafting.errors import RecurrentDraftingError
 from recurrent_drafting.kv_cache import VerifierCache
@@ -149,7 +149,7 @@ def prompt_reader(folder: Path) -> Callable[[bytes], object]:
 
 
 def read_questions(path: Path, *, skip_bad_rows: bool) -> object:
-    questions, _ = evaluation.load_questions(str(path), skip_bad_rows=skip_bad_rows)
+    questions, _ = prompt_files.load_questions(str(path), skip_bad_rows=skip_bad_rows)
     for question in questions:
         question.request_id(0)
         for turn in question.turns:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from recurrent_drafting import Verifier, cli, evaluation
+from recurrent_drafting import Verifier, cli, result_files
 from recurrent_drafting.errors import NumericsError
 from tests.families import FAMILIES, variants
 from tests.test_identity import Case, random_case, run_case
@@ -59,7 +59,7 @@ def run(cases: int, dtype: str) -> dict[str, object]:
                 counts["oracle_non_contiguous"] += decoder.moved
     return {
         "command": f"python -m tests.identity_grid --cases {cases} --dtype {dtype}",
-        "machine": evaluation.machine(),
+        "machine": result_files.machine(),
         "families": sorted({FAMILIES[name].model_type for name, _, _ in grid}),
         "variants": len(grid),
         **counts,
@@ -78,7 +78,7 @@ def main() -> int:
     args: argparse.Namespace = parser.parse_args()
     record = run(args.cases, args.dtype)
     if args.output:
-        evaluation.write_json(record, args.output)
+        result_files.write_json(record, args.output)
     print(
         f"{record['rows']} rows in {record['cases']} cases, {record['variants']} variants of "
         f"{len(record['families'])} model types: {len(record['different'])} cases differ; noisy oracle: "

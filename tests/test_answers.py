@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import generate_speculator
-from recurrent_drafting import Drafter, SpeculativeDecoder, answers, evaluation
+from recurrent_drafting import Drafter, SpeculativeDecoder, answers, evaluation, prompt_files
 from recurrent_drafting.evaluation import RunSettings
 from tests.text_models import load_verifier, make_tokenizer, save_base, save_drafter, save_questions
 
@@ -65,7 +65,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> SpeculativeDecoder:
 def test_lines_hold_exactly_their_fields(
     decoder: SpeculativeDecoder, tmp_path: Path, turns: int, batch_size: int
 ) -> None:
-    questions, _ = evaluation.load_questions(str(save_questions(tmp_path / "q.jsonl")))
+    questions, _ = prompt_files.load_questions(str(save_questions(tmp_path / "q.jsonl")))
     settings = replace(SETTINGS, turns=turns, batch_size=batch_size)
     record = evaluation.compare(decoder.verifier, decoder, make_tokenizer(), questions, settings)
     files = answers.write(record, tmp_path / "a.jsonl")
@@ -86,7 +86,7 @@ def test_lines_hold_exactly_their_fields(
 
 
 def test_their_figures_are_ours(decoder: SpeculativeDecoder, tmp_path: Path) -> None:
-    questions, _ = evaluation.load_questions(str(save_questions(tmp_path / "q.jsonl")))
+    questions, _ = prompt_files.load_questions(str(save_questions(tmp_path / "q.jsonl")))
     record = evaluation.compare(decoder.verifier, decoder, make_tokenizer(), questions, SETTINGS)
     ours, baseline = answers.write(record, tmp_path / "a.jsonl")
     _, tau = speed(ours, "overall")

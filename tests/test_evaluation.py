@@ -9,10 +9,19 @@ from typing import Any
 
 import pytest
 
-from recurrent_drafting import Drafter, SpeculativeDecoder, Verifier, detokenizer, evaluation
+from recurrent_drafting import (
+    Drafter,
+    SpeculativeDecoder,
+    Verifier,
+    detokenizer,
+    evaluation,
+    prompt_files,
+    result_files,
+)
 from recurrent_drafting.detokenizer import StopStrings
 from recurrent_drafting.errors import DataError, UsageError
-from recurrent_drafting.evaluation import Question, RunSettings
+from recurrent_drafting.evaluation import RunSettings
+from recurrent_drafting.prompt_files import Question
 from tests.text_models import load_verifier, make_tokenizer, save_base, save_drafter, save_questions
 
 SETTINGS = RunSettings(base_model="base", speculator_path="drafter", max_new_tokens=12)
@@ -28,14 +37,14 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> SpeculativeDecoder:
 
 @pytest.fixture
 def questions(tmp_path: Path) -> list[Question]:
-    return evaluation.load_questions(str(save_questions(tmp_path / "q.jsonl")))[0]
+    return prompt_files.load_questions(str(save_questions(tmp_path / "q.jsonl")))[0]
 
 
 def test_more_prompts_than_there_are_gives_all_and_says_so(tmp_path: Path) -> None:
     path = str(save_questions(tmp_path / "q.jsonl", 4))
-    found, note = evaluation.load_questions(path, 9)
+    found, note = prompt_files.load_questions(path, 9)
     assert len(found) == 4 and "has 4 prompts, 9 were asked for" in note
-    found, note = evaluation.load_questions(path, 2, spread=True)
+    found, note = prompt_files.load_questions(path, 2, spread=True)
     assert [question.question_id for question in found] == [80, 82] and note == ""
 
 
@@ -55,13 +64,13 @@ def test_bad_prompt_files_name_file_and_line(tmp_path: Path, content: bytes, exp
     path = tmp_path / "q.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError, match=expected):
-        evaluation.load_questions(str(path))
+        prompt_files.load_questions(str(path))
 
 
 def test_bad_rows_can_be_skipped_and_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     path.write_text('{"question_id": 1, "turns": ["a"]}\nnonsense\n{"turns": ["a"]}\n')
-    found, note = evaluation.load_questions(str(path), 5, skip_bad_rows=True)
+    found, note = prompt_files.load_questions(str(path), 5, skip_bad_rows=True)
     assert len(found) == 1
     assert note.startswith("2 bad rows skipped; ") and "5 were asked for" in note
 
@@ -181,14 +190,14 @@ def test_no_new_tokens_is_no_error(decoder: SpeculativeDecoder, questions: list[
     record = evaluation.compare(decoder.verifier, decoder, make_tokenizer(), questions, settings)
     assert [row["text"] for row in record["rows"]] == ["", "", ""]
     evaluation.format_summary(record["summary"])
-    evaluation.write_json(record, tmp_path / "new" / "r.json")
+    result_files.write_json(record, tmp_path / "new" / "r.json")
     assert json.loads((tmp_path / "new" / "r.json").read_text())["summary"]["tau"] is None
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "r.json").mkdir()
     with pytest.raises(UsageError, match="cannot be written"):
-        evaluation.write_json({}, tmp_path / "r.json")
+        result_files.write_json({}, tmp_path / "r.json")
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 import generate_speculator
-from recurrent_drafting import Drafter, SpeculativeDecoder, evaluation, evaluation_log
+from recurrent_drafting import Drafter, SpeculativeDecoder, evaluation, evaluation_log, prompt_files
 from recurrent_drafting.errors import DataError, ModelError, UsageError
-from recurrent_drafting.evaluation import Question, RunSettings
+from recurrent_drafting.evaluation import RunSettings
+from recurrent_drafting.prompt_files import Question
 from recurrent_drafting.tree_budget import LatencyCurve, LatencyTable
 from tests.text_models import load_verifier, make_tokenizer, save_base, save_drafter, save_questions
 
@@ -34,7 +35,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> SpeculativeDecoder:
 
 @pytest.fixture
 def questions(tmp_path: Path) -> list[Question]:
-    return evaluation.load_questions(str(save_questions(tmp_path / "q.jsonl", 4)))[0]
+    return prompt_files.load_questions(str(save_questions(tmp_path / "q.jsonl", 4)))[0]
 
 
 class InterruptedEvaluation(evaluation.Evaluation):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import harness
 import recurrent_drafting
 from recurrent_drafting import (
     AutoregressiveDecoder,
@@ -19,7 +20,6 @@ from recurrent_drafting import (
     sources,
     token_rows,
 )
-from recurrent_drafting import evaluation as ev
 from tests.tiny import make_drafter
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(900)]
@@ -35,9 +35,7 @@ def verifier() -> Verifier:
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    tokenizer = data.load_tokenizer(BASE)
-    questions, _ = ev.load_questions("mt-bench", 16, spread=True)
-    return [data.render(tokenizer, [{"role": "user", "content": q.turns[0]}], ask=True) for q in questions]
+    return harness.mt_bench_prompts(BASE, 16)
 
 
 def test_the_base_is_what_was_pinned(verifier: Verifier) -> None:

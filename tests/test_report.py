@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from recurrent_drafting import Drafter, SpeculativeDecoder, detokenizer, evaluation, report
+from recurrent_drafting import Drafter, SpeculativeDecoder, detokenizer, evaluation, prompt_files, report, result_files
 from recurrent_drafting.config import SamplingConfig
 from recurrent_drafting.errors import DataError
 from recurrent_drafting.evaluation import RunSettings
@@ -268,7 +268,7 @@ def test_a_real_record_marks_the_tokens_that_were_drafted(tmp_path: Path) -> Non
     base = save_base(tmp_path / "base")
     drafter = Drafter.from_pretrained(save_drafter(tmp_path / "drafter", base))
     decoder = SpeculativeDecoder(load_verifier(base, "fp64"), drafter)
-    questions, _ = evaluation.load_questions(str(save_questions(tmp_path / "q.jsonl")))
+    questions, _ = prompt_files.load_questions(str(save_questions(tmp_path / "q.jsonl")))
     sampling = SamplingConfig(temperature=1.0)
     settings = RunSettings(base_model="base", speculator_path="drafter", max_new_tokens=24, turns=2, sampling=sampling)
     data = evaluation.compare(decoder.verifier, decoder, make_tokenizer(), questions, settings)
@@ -279,7 +279,7 @@ def test_a_real_record_marks_the_tokens_that_were_drafted(tmp_path: Path) -> Non
         assert sum(report.drafted_tokens(item)) == sum(item["accepted_by_step"])
         assert len(report.drafted_tokens(item)) == item["tokens"] == len(item["token_texts"])
         assert report.accepted_lengths([item]) == item["accepted"]
-    evaluation.write_json(data, tmp_path / "r.json")
+    result_files.write_json(data, tmp_path / "r.json")
     root = parse(report.render(report.load([str(tmp_path / "r.json")])))
     assert tiles(root)["tau"][0] == f"{data['summary']['tau']:.3f}"
     assert len(root.all("mark")) > 1
