@@ -150,61 +150,74 @@ def join(beams: Beams, copies: Copies) -> Beams:
     Returns:
         Beams ``[B, max(L, M), W + 1]``; the last column holds what is copied alone.
     """
-    length, width = beams.tokens.shape[1:]
+    _, length, width = beams.tokens.shape
     missing = max(length - copies.tokens.shape[1], 0)
     tokens = functional.pad(copies.tokens, (0, missing))
     log_repeat = functional.pad(copies.log_probs, (0, missing), value=-torch.inf)
-    columns, log_probs, pooled = _pool(beams, tokens, log_repeat)
+    descent = _Descent(beams)
+    columns, log_probs = [descent.column], []
+    for depth in range(length):
+        log_probs.append(descent.deepen(depth, tokens[:, depth], log_repeat[:, depth]))
+        columns.append(descent.column)
+    # Below the drafter's last depth the copy goes on alone: the last column hangs on itself.
     tail = tokens.shape[1] - length
-    alone = functional.pad(columns, (0, tail), value=width)[:, : length + tail]
-    deeper = pooled.unsqueeze(1) + log_repeat[:, length:].cumsum(dim=1)
+    parents = functional.pad(torch.stack(columns, dim=1), (0, tail), value=width)[:, : length + tail]
+    deeper = descent.pooled.unsqueeze(1) + log_repeat[:, length:].cumsum(dim=1)
     return Beams(
         tokens=torch.cat([functional.pad(beams.tokens, (0, 0, 0, tail)), tokens.unsqueeze(2)], dim=2),
-        parents=torch.cat([functional.pad(beams.parents, (0, 0, 0, tail)), alone.unsqueeze(2)], dim=2),
-        log_probs=torch.cat([log_probs, functional.pad(deeper.unsqueeze(2), (width, 0), value=-torch.inf)], dim=1),
+        parents=torch.cat([functional.pad(beams.parents, (0, 0, 0, tail)), parents.unsqueeze(2)], dim=2),
+        log_probs=torch.cat(
+            [torch.stack(log_probs, dim=1), functional.pad(deeper.unsqueeze(2), (width, 0), value=-torch.inf)], dim=1
+        ),
     )
 
 
-def _pool(beams: Beams, tokens: Tensor, log_repeat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Follow the copied text down the drafter's beams, and pool both probabilities of its tokens.
+class _Descent:
+    """The copied text on its way down the drafter's beams, depth by depth.
+
+    ``column`` and ``pooled`` tell of the copied text's node at the depth reached: its column, int64 ``[B]`` (W where
+    it is copied alone), and its path log-probability pooled from both sources, ``[B]``.
 
     Args:
-        beams: of the beam search, ``[B, L, W]``.
-        tokens: the copied text, ``[B, M]`` with M >= L.
-        log_repeat: log-probability of each token as the repeat gives it, ``[B, M]``.
-
-    Returns:
-        Columns of the copied text's nodes at depths 0 .. L, ``[B, L + 1]``, W where the drafter does not have them;
-        path log-probabilities of the beams, and of what is copied alone, ``[B, L, W + 1]``; that of the copied path
-        at depth L, ``[B]``.
+        beams: the drafter's, ``[B, L, W]``.
     """
-    batch, length, width = beams.tokens.shape
-    # Of the copied text's node at the depth before: its column, whether the drafter has it too, and its path
-    # log-probability as the drafter has it and as pooled.
-    column = torch.zeros_like(tokens[:, 0])
-    shared = torch.ones_like(column, dtype=torch.bool)
-    own = pooled = beams.log_probs.new_zeros(batch)
-    # Per column of that depth: its path log-probability, and how far pooling moved it.
-    paths = moved = beams.log_probs.new_zeros(batch, width)
-    columns, kept = [], []
-    for depth in range(length):
-        columns.append(column)
-        parents, drafted = beams.parents[:, depth], beams.log_probs[:, depth]
-        shared = shared & ~log_repeat[:, depth].isneginf()
-        siblings = shared.unsqueeze(1) & (parents == column.unsqueeze(1)) & ~drafted.isneginf()
-        same = siblings & (beams.tokens[:, depth] == tokens[:, depth].unsqueeze(1))
+
+    def __init__(self, beams: Beams) -> None:
+        batch, _, width = beams.tokens.shape
+        self._beams = beams
+        self.column = beams.parents.new_zeros(batch)
+        # Of the same node: whether the drafter has it too, and its path log-probability there.
+        self._shared = torch.ones_like(self.column, dtype=torch.bool)
+        self.pooled = self._own = beams.log_probs.new_zeros(batch)
+        # Per column of the depth reached: its path log-probability, and how far pooling moved it.
+        self._paths = self._moved = beams.log_probs.new_zeros(batch, width)
+
+    def deepen(self, depth: int, token: Tensor, log_repeat: Tensor) -> Tensor:
+        """Go down to a depth and return the path log-probabilities of its columns, ``[B, W + 1]``.
+
+        Args:
+            depth: one more than that of the last call, from 0.
+            token: copied at that depth, int64 ``[B]``.
+            log_repeat: its log-probability as the repeat gives it, ``[B]``; ``-inf`` where nothing is copied.
+        """
+        parents, drafted = self._beams.parents[:, depth], self._beams.log_probs[:, depth]
+        shared = self._shared & ~log_repeat.isneginf()
+        # The drafter's children of the copied text's node, and which of them is the copied token.
+        siblings = shared.unsqueeze(1) & (parents == self.column.unsqueeze(1)) & ~drafted.isneginf()
+        same = siblings & (self._beams.tokens[:, depth] == token.unsqueeze(1))
         hit, at = same.any(dim=1), same.int().argmax(dim=1)
-        own_here = drafted.gather(1, at.unsqueeze(1)).squeeze(1)
-        q = torch.where(hit, (own_here - own).exp(), _NOT_DRAFTED).clamp(_LEAST, 1 - _LEAST)
-        p = torch.where(shared, _pooled(log_repeat[:, depth].exp(), q), log_repeat[:, depth].exp())
-        pooled = pooled + p.log()
-        moved = moved.gather(1, parents) + torch.where(siblings, ((1 - p) / (1 - q)).log().unsqueeze(1), 0.0)
-        moved = torch.where(same, (pooled - own_here).unsqueeze(1), moved)
+        own = drafted.gather(1, at.unsqueeze(1)).squeeze(1)
+        # The token's probability as the drafter gives it, and as pooled; both given the node above.
+        q = torch.where(hit, (own - self._own).exp(), _NOT_DRAFTED).clamp(_LEAST, 1 - _LEAST)
+        p = torch.where(shared, _pooled(log_repeat.exp(), q), log_repeat.exp())
+        self.pooled = self.pooled + p.log()
+        moved = self._moved.gather(1, parents) + torch.where(siblings, ((1 - p) / (1 - q)).log().unsqueeze(1), 0.0)
+        self._moved = torch.where(same, (self.pooled - own).unsqueeze(1), moved)
         # Rounding must not lift a node above its parent.
-        paths = torch.minimum(drafted + moved, paths.gather(1, parents))
-        kept.append(torch.cat([paths, torch.where(hit, -torch.inf, pooled).unsqueeze(1)], dim=1))
-        own, column, shared = torch.where(hit, own_here, own), torch.where(hit, at, width), shared & hit
-    return torch.stack([*columns, column], dim=1), torch.stack(kept, dim=1), pooled
+        self._paths = torch.minimum(drafted + self._moved, self._paths.gather(1, parents))
+        self._shared, self._own = shared & hit, torch.where(hit, own, self._own)
+        self.column = torch.where(hit, at, self._beams.tokens.shape[2])
+        return torch.cat([self._paths, torch.where(hit, -torch.inf, self.pooled).unsqueeze(1)], dim=1)
 
 
 def best_chain(beams: Beams, copies: Copies) -> tuple[Tensor, Tensor]:
