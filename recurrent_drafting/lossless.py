@@ -87,6 +87,15 @@ class LosslessReport:
     epsilon: float | None = None
     details: list[dict[str, object]] = field(default_factory=list)
 
+    def merge(self, other: LosslessReport) -> None:
+        """Add what another audit found."""
+        self.identical += other.identical
+        self.near_ties += other.near_ties
+        self.structural += other.structural
+        self.unaudited += other.unaudited
+        self.epsilon = max((gap for gap in (self.epsilon, other.epsilon) if gap is not None), default=None)
+        self.details += other.details
+
     def summary(self) -> str:
         """Return the verdict in one line."""
         verdicts = f"{self.identical} identical, {self.near_ties} rounding near-ties, {self.structural} structural"

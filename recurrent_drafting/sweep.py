@@ -222,13 +222,7 @@ class Sweep:
                 eos_token_ids=self._verifier.eos_token_ids,
                 stop=self._settings.stop,
             )
-            found = lossless.audit(self._decoders[best], tallies[temperature, best].pairs, settings)
-            total.identical += found.identical
-            total.near_ties += found.near_ties
-            total.structural += found.structural
-            total.details += found.details
-            gaps = [gap for gap in (total.epsilon, found.epsilon) if gap is not None]
-            total.epsilon = max(gaps, default=None)
+            total.merge(lossless.audit(self._decoders[best], tallies[temperature, best].pairs, settings))
         return total
 
 

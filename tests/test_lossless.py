@@ -17,7 +17,7 @@ from recurrent_drafting import (
     memory,
 )
 from recurrent_drafting.errors import NumericsError, ResourceError
-from recurrent_drafting.lossless import Pair, Settings
+from recurrent_drafting.lossless import LosslessReport, Pair, Settings
 from recurrent_drafting.sampling import Sampler
 from tests.tiny import make_drafter, make_verifier
 
@@ -67,6 +67,16 @@ def test_without_memory_for_float64_a_difference_is_counted_and_not_judged(monke
     assert "1 differing and not judged" in report.summary()
     with pytest.raises(ResourceError, match="1 texts differ"):
         report.require_lossless()
+
+
+def test_audits_add_up_with_all_that_they_found() -> None:
+    total = LosslessReport(identical=2, near_ties=1, epsilon=0.1, details=[{"position": 3}])
+    total.merge(LosslessReport(identical=4, unaudited=5))
+    total.merge(LosslessReport(structural=6, epsilon=0.01, details=[{"position": 7}]))
+    assert total == LosslessReport(6, 1, 6, 5, 0.1, [{"position": 3}, {"position": 7}])
+    empty = LosslessReport()
+    empty.merge(LosslessReport())
+    assert empty == LosslessReport()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
