@@ -147,7 +147,7 @@ class HiddenStateCache:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             if not path.exists():
-                path.write_text(json.dumps(wanted))
+                manifest.write_text(json.dumps(wanted), path)
         except OSError as error:
             raise ResourceError(
                 f"hidden-state cache {directory} cannot be written: {error.strerror}; name another directory"

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +248,27 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(content: str, path: Path) -> None:
+    """Write a text file that appears when it is complete; its directory is made.
+
+    Args:
+        content: in UTF-8.
+        path: the file; what is there already is replaced.
+
+    Raises:
+        OSError: it cannot be written; what was there stays, and nothing is left beside it.
+    """
+    temporary = path.with_name(path.name + PARTIAL)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(content, encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):  # it may not be there
+            temporary.unlink()
+        raise
 
 
 def _tidy(directory: Path) -> None:

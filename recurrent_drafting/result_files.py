@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import recurrent_drafting
+from recurrent_drafting import manifest
 from recurrent_drafting.errors import DISK_FULL, ResourceError, UsageError
 from recurrent_drafting.latency_cache import processor
 
@@ -58,13 +59,9 @@ def write_text(text: str, path: Path) -> None:
         UsageError: the path cannot be written.
         ResourceError: the disk is full.
     """
-    temporary = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        manifest.write_text(text, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         kind = ResourceError if error.errno in DISK_FULL else UsageError
         raise kind(f"{path} cannot be written: {error.strerror}; name another file") from error
 

@@ -353,9 +353,12 @@ def packaged_rows(verifier: Verifier) -> list[EncodedRow] | None:
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
-    """Return what a directory was begun with: base, engine, and the fields of ``SelfDataConfig`` but ``num_rows``."""
-    settings: dict[str, Any] = json.loads((directory / _SETTINGS).read_text())
-    return settings
+    """Return what a directory was begun with: base, engine, and the fields of ``SelfDataConfig`` but ``num_rows``.
+
+    Raises:
+        DataError: they are not there, or damaged.
+    """
+    return _read_object(directory / _SETTINGS, "no settings of self-written data", "name another directory")
 
 
 def _chunk_path(directory: Path, index: int) -> Path:
@@ -363,11 +366,22 @@ def _chunk_path(directory: Path, index: int) -> Path:
 
 
 def _read_chunk(path: Path) -> dict[str, Any]:
+    return _read_object(path, "no chunk of self-written data", "delete it and run again", ("rows", "rejected"))
+
+
+def _read_object(path: Path, otherwise: str, advice: str, keys: Sequence[str] = ("base", "engine")) -> dict[str, Any]:
+    """Read a JSON object that has some keys.
+
+    Raises:
+        DataError: there is none; ``otherwise`` says what the file is then, ``advice`` what to do.
+    """
     try:
-        chunk: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} is no chunk of self-written data: {error}; delete it and run again") from error
-    return chunk
+        found = manifest.read_json(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is {otherwise}: {error}; {advice}") from error
+    if not isinstance(found, dict) or not set(keys) <= set(found):
+        raise DataError(f"{path} is {otherwise}: expected an object with {' and '.join(keys)}; {advice}")
+    return found
 
 
 def _prompts_written(directory: Path, index: int) -> int:
@@ -380,11 +394,8 @@ def _prompts(chunk: dict[str, Any]) -> int:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content))
-        temporary.replace(path)
+        manifest.write_text(json.dumps(content), path)
     except OSError as error:
         raise ResourceError(
             f"{path} cannot be written: {error.strerror}; free space or name another --output_dir, then run again"

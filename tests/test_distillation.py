@@ -182,9 +182,18 @@ def test_short_replies_are_left_out_and_an_empty_directory_is_an_error(tmp_path:
     write(ScriptedEngine(tokenizer, [words(9, index) for index in range(12)], [11, EOS]), tmp_path)
     with pytest.raises(DataError, match="expected chunks"):
         self_data.load_rows(tmp_path, tokenizer)
-    (tmp_path / "chunk-00001.json").write_text('{"rows": [')
-    with pytest.raises(DataError, match=r"chunk-00001\.json is no chunk"):
-        self_data.load_rows(tmp_path, tokenizer)
+    for damaged in ('{"rows": [', "[]", '{"rows": []}', "[" * 100_000):
+        (tmp_path / "chunk-00001.json").write_text(damaged)
+        with pytest.raises(DataError, match=r"chunk-00001\.json is no chunk"):
+            self_data.load_rows(tmp_path, tokenizer)
+
+
+@pytest.mark.usefixtures("no_openers")
+@pytest.mark.parametrize("damaged", ["{", "5", "{}", "\xff"])
+def test_settings_that_are_none_are_a_data_error(tmp_path: Path, damaged: str) -> None:
+    (tmp_path / "settings.json").write_bytes(damaged.encode("latin-1"))
+    with pytest.raises(DataError, match=r"settings\.json is no settings of self-written data"):
+        write(ScriptedEngine(make_tokenizer(), [], [11, EOS]), tmp_path)
 
 
 @pytest.mark.usefixtures("short_prompts")

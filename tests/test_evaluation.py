@@ -198,7 +198,10 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "r.json").mkdir()
     with pytest.raises(UsageError, match="cannot be written"):
         result_files.write_json({}, tmp_path / "r.json")
-    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UsageError, match="cannot be written"):
+        result_files.write_json({}, tmp_path / "file" / "r.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "r.json"]
 
 
 class TestStopStrings:

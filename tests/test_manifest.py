@@ -154,6 +154,19 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object], *, honest: bo
     path.write_text(json.dumps(record))
 
 
+def test_a_text_file_is_replaced_whole_or_stays(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.txt"
+    for content in ("first", "second \u00e4"):
+        manifest.write_text(content, path)
+        assert path.read_text(encoding="utf-8") == content
+    path.with_name(f"b.txt{PARTIAL}").mkdir()
+    with pytest.raises(OSError):
+        manifest.write_text("third", path.with_name("b.txt"))
+    with pytest.raises(OSError):
+        manifest.write_text("third", path / "c.txt")
+    assert sorted(item.name for item in path.parent.iterdir()) == ["a.txt", f"b.txt{PARTIAL}"]
+
+
 def test_differences_name_every_value_of_nested_records() -> None:
     found = {"a": 1, "b": {"c": [1], "d": {}}, "gone": 2}
     now = {"a": 1, "b": {"c": [2], "d": {"e": 3}}, "new": 4}
