@@ -23,7 +23,7 @@ from recurrent_drafting import cli
 
 if TYPE_CHECKING:
     from recurrent_drafting import Drafter, Verifier
-    from recurrent_drafting.data import TokenDataset
+    from recurrent_drafting.token_rows import TokenDataset
     from recurrent_drafting.trainer import DrafterTrainer, TrainingArguments
 
 T = TypeVar("T")
@@ -218,7 +218,7 @@ def dry_run(args: argparse.Namespace, training: TrainingArguments) -> int:
     from dataclasses import fields
 
     from recurrent_drafting import estimate, starting_drafter
-    from recurrent_drafting.data import TokenDataset
+    from recurrent_drafting.token_rows import TokenDataset
     from recurrent_drafting.training_data import DataSettings, TrainingData
 
     usual = {item.name: item.default for item in fields(training)}
@@ -268,7 +268,7 @@ def make_trainer(
     training: TrainingArguments, verifier: Verifier, drafter: Drafter, rows: tuple[TokenDataset, TokenDataset]
 ) -> DrafterTrainer:
     """Put drafter, verifier and data together."""
-    from recurrent_drafting.data import Collator
+    from recurrent_drafting.token_rows import Collator
     from recurrent_drafting.trainer import DrafterTrainer
 
     return DrafterTrainer(
@@ -350,14 +350,14 @@ def finish(args: argparse.Namespace, trainer: DrafterTrainer, rows: TokenDataset
 
 def conclude(args: argparse.Namespace, trainer: DrafterTrainer, tokenizer: Any, started: float) -> None:
     """Write the report of the training; after --quick measure first, and say what to run next."""
-    from recurrent_drafting import evaluation, lossless, quick_run, report
+    from recurrent_drafting import evaluation, lossless, quick_run, report, result_files
 
     folder, measured = Path(args.output_dir), {}
     results, page = folder / "quick_results.json", folder / "report.html"
     if args.quick:
         result = quick_run.measure(trainer.verifier, trainer.drafter, tokenizer, args.output_dir)
         result["quick_seconds"] = time.perf_counter() - started
-        evaluation.write_json(result, results)
+        result_files.write_json(result, results)
         print(evaluation.format_summary(result["summary"]))
         measured[results.stem] = result
     report.write_training(trainer.state.log_history, trainer.state.global_step, measured, page)

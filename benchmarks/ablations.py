@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from recurrent_drafting import BeamConfig, Verifier, cli, data, result_files, self_data, train_serve
+from recurrent_drafting import BeamConfig, Verifier, cli, data, result_files, self_data, token_rows, train_serve
 from recurrent_drafting.assets import DEFAULT_BASE
 from recurrent_drafting.checkpoint import load_drafter
 from recurrent_drafting.decoding import SpeculativeDecoder
@@ -84,8 +84,8 @@ def write_row(args: argparse.Namespace, recipe: str, figures: dict[str, Any], pa
 
 def held_out(args: argparse.Namespace, verifier: Verifier, tokenizer: Any) -> list[list[int]]:
     """Return prompts of the rows that every run leaves out of training."""
-    rows, _ = data.truncate(self_data.self_rows(verifier, tokenizer, Path(), None), args.model_max_length)
-    return train_serve.prompts_of(data.split(rows, HELD_OUT_ROWS)[1].rows, args.prompts)
+    rows, _ = token_rows.truncate(self_data.self_rows(verifier, tokenizer, Path(), None), args.model_max_length)
+    return train_serve.prompts_of(token_rows.split(rows, HELD_OUT_ROWS)[1].rows, args.prompts)
 
 
 def decode(args: argparse.Namespace, verifier: Verifier, prompts: list[list[int]], path: Path) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from recurrent_drafting import (
     cli,
     data,
     self_data,
+    token_rows,
 )
 from recurrent_drafting.hidden_cache import CachedDataset, HiddenStateCache
 from recurrent_drafting.trainer import Supervision, choose_draft_vocabulary, initialise_from_verifier
@@ -62,7 +63,7 @@ def matrix_rate(dtype: torch.dtype, size: int = 2048, repeats: int = 10) -> floa
     return _MULTIPLY_ADD * size**3 / min(seconds)
 
 
-def new_drafter(verifier: Verifier, rows: data.TokenDataset) -> Drafter:
+def new_drafter(verifier: Verifier, rows: token_rows.TokenDataset) -> Drafter:
     """Return the default drafter for a base."""
     token_ids, _ = choose_draft_vocabulary(rows, "auto", verifier.vocab_size)
     config = RecurrentDraftingConfig(
@@ -91,7 +92,7 @@ def measure_cache(cache: HiddenStateCache, verifier: Verifier) -> dict[str, floa
 
 
 def measure_training(
-    args: argparse.Namespace, verifier: Verifier, drafter: Drafter, rows: data.TokenDataset, directory: str
+    args: argparse.Namespace, verifier: Verifier, drafter: Drafter, rows: token_rows.TokenDataset, directory: str
 ) -> dict[str, Any]:
     """Time optimizer steps; the first ones warm up and do not count."""
     arguments = TrainingArguments(
@@ -105,7 +106,7 @@ def measure_training(
     )
     times = StepTimes()
     trainer = DrafterTrainer(
-        drafter, verifier, arguments, train_dataset=rows, data_collator=data.Collator(), callbacks=[times]
+        drafter, verifier, arguments, train_dataset=rows, data_collator=token_rows.Collator(), callbacks=[times]
     )
     positions = _positions_by_step(trainer, args.warm_up + args.steps)
     trainer.train()
@@ -149,7 +150,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     rates = [matrix_rate(verifier.dtype)]
     with tempfile.TemporaryDirectory() as directory:
         written = self_data.self_rows(verifier, tokenizer, Path(directory), args.rows)[: args.rows]
-        rows = data.TokenDataset(written)
+        rows = token_rows.TokenDataset(written)
         cache = HiddenStateCache(Path(directory) / "states", verifier, rows)
         making = measure_cache(cache, verifier)
         rates.append(matrix_rate(verifier.dtype))

@@ -1,7 +1,4 @@
-"""From conversations to supervised token rows: tokenizer, chat template, loss mask.
-
-Training needs the conversations and rows as well; what it takes of both can be imported from here.
-"""
+"""From conversations to supervised token rows: tokenizer, chat template, loss mask."""
 
 from __future__ import annotations
 
@@ -17,27 +14,8 @@ from transformers import AutoTokenizer
 
 from recurrent_drafting import assets, checkpoint, manifest
 from recurrent_drafting.errors import DataError, ModelError, first_line
-from recurrent_drafting.sources import Conversation, ReadReport, Turn, load_dataset_by_name
-from recurrent_drafting.token_rows import Collator, EncodedRow, TokenDataset, check_token_ids, split, truncate
-
-__all__ = [
-    "FALLBACK_TEMPLATE",
-    "Collator",
-    "Conversation",
-    "EncodedRow",
-    "TokenDataset",
-    "Turn",
-    "check_token_ids",
-    "check_tokenizer",
-    "encode",
-    "encode_all",
-    "load_dataset_by_name",
-    "load_tokenizer",
-    "render",
-    "split",
-    "tokenizer_fingerprint",
-    "truncate",
-]
+from recurrent_drafting.sources import Conversation, ReadReport
+from recurrent_drafting.token_rows import EncodedRow
 
 # What a chat template's own expressions may end in; jinja has a class for its own errors alone.
 _TEMPLATE_FAILURES = (

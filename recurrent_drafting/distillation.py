@@ -16,13 +16,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from recurrent_drafting import assets, cli, data, sources
-from recurrent_drafting.continuations import DistilConfig, distil
 from recurrent_drafting.engines import make_engine
-from recurrent_drafting.regeneration import regenerate
-from recurrent_drafting.self_data import SELF_DATA, SelfData, SelfDataConfig, load_rows, pack, read_settings, self_rows
-
-# The three kinds of targets that the verifier makes, for training to import from here.
-__all__ = ["SELF_DATA", "DistilConfig", "distil", "regenerate", "self_rows"]
+from recurrent_drafting.self_data import SelfData, SelfDataConfig, load_rows, pack, read_settings
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,4 @@
-"""Evaluation: runs over prompts, comparison with the baseline, and the record of both.
-
-Scripts take the questions and the writing of records from here as well.
-"""
+"""Evaluation: runs over prompts, comparison with the baseline, and the record of both."""
 
 from __future__ import annotations
 
@@ -32,24 +29,10 @@ from recurrent_drafting.evaluation_log import EvaluationLog
 from recurrent_drafting.latency_cache import latency_table
 from recurrent_drafting.lossless import LosslessReport
 from recurrent_drafting.metrics import DecodingStats
-from recurrent_drafting.prompt_files import Question, encode_prompt, load_questions
-from recurrent_drafting.result_files import machine, write_json
+from recurrent_drafting.prompt_files import Question, encode_prompt
+from recurrent_drafting.result_files import machine
 from recurrent_drafting.tree_budget import LatencyCurve, LatencyTable
 from recurrent_drafting.verifier import Verifier
-
-__all__ = [
-    "Evaluation",
-    "Question",
-    "RunSettings",
-    "choice",
-    "compare",
-    "format_summary",
-    "load_questions",
-    "run_baseline",
-    "run_speculative",
-    "speculative_decoder",
-    "write_json",
-]
 
 _WARM_UP_TOKENS = 8
 

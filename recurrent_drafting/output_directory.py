@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from recurrent_drafting import manifest, run_guard
-from recurrent_drafting.distillation import SELF_DATA
 from recurrent_drafting.errors import UsageError
+from recurrent_drafting.self_data import SELF_DATA
 
 # What a killed run leaves behind.
 _LEFTOVERS = {manifest.PARTIAL, run_guard.LOCK, SELF_DATA}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from recurrent_drafting import evaluation
+from recurrent_drafting import evaluation, prompt_files
 from recurrent_drafting.assets import DEFAULT_BASE
 from recurrent_drafting.drafter import Drafter
 from recurrent_drafting.verifier import Verifier
@@ -43,7 +43,7 @@ def measure(verifier: Verifier, drafter: Drafter, tokenizer: Any, speculator_pat
     Returns:
         See ``evaluation.compare``.
     """
-    questions, _ = evaluation.load_questions("mt-bench", _PROMPTS, spread=True)
+    questions, _ = prompt_files.load_questions("mt-bench", _PROMPTS, spread=True)
     settings = evaluation.RunSettings(verifier.name_or_path, speculator_path, max_new_tokens=_NEW_TOKENS)
     decoder = evaluation.speculative_decoder(verifier, drafter, settings)
     return evaluation.compare(verifier, decoder, tokenizer, questions, settings)

@@ -12,10 +12,11 @@ import torch
 from recurrent_drafting import cli
 from recurrent_drafting.checkpoint import load_drafter
 from recurrent_drafting.config import BeamConfig, RecurrentDraftingConfig
-from recurrent_drafting.data import TokenDataset, check_tokenizer, tokenizer_fingerprint
+from recurrent_drafting.data import check_tokenizer, tokenizer_fingerprint
 from recurrent_drafting.decoding import check_fit
 from recurrent_drafting.drafter import Drafter
 from recurrent_drafting.errors import UsageError
+from recurrent_drafting.token_rows import TokenDataset
 from recurrent_drafting.trainer import choose_draft_vocabulary, initialise_from_verifier
 from recurrent_drafting.verifier import Verifier
 

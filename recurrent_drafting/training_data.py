@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from recurrent_drafting import cli, data, distillation, estimate
-from recurrent_drafting.data import Conversation, EncodedRow, ReadReport, TokenDataset
-from recurrent_drafting.distillation import DistilConfig
+from recurrent_drafting import cli, continuations, data, estimate, regeneration, self_data, sources, token_rows
+from recurrent_drafting.continuations import DistilConfig
 from recurrent_drafting.errors import DataError, UsageError
 from recurrent_drafting.estimate import ExpectedData
+from recurrent_drafting.sources import Conversation, ReadReport
+from recurrent_drafting.token_rows import EncodedRow, TokenDataset
 from recurrent_drafting.trainer import TrainingArguments
 from recurrent_drafting.verifier import Verifier
 
@@ -35,7 +36,7 @@ class DataSettings:
     Args:
         phase: "train" or "eval"; an evaluation needs no distilled training rows.
         seed: key of the noise of sampled continuations.
-        dataset_name: see ``data.load_dataset_by_name``, or "self" for rows that the base writes.
+        dataset_name: see ``sources.load_dataset_by_name``, or "self" for rows that the base writes.
         dataset_split: of a hub data set, None for its usual one.
         model_max_length: tokens; longer rows are cut.
         max_train_samples: rows that are taken, None for all.
@@ -168,7 +169,7 @@ class TrainingData:
         settings = self.settings
         if settings.dataset_name == _SELF:
             self._require_consent(self._expected(), "or --dataset_name with replies of your own")
-            return distillation.self_rows(self.verifier, self.tokenizer, directory, settings.max_train_samples)
+            return self_data.self_rows(self.verifier, self.tokenizer, directory, settings.max_train_samples)
         conversations, report = self._conversations()
         self.say(f"data: {report.read} conversations from {settings.dataset_name}, left out {report.skipped or 'none'}")
         if settings.targets == "regenerated":
@@ -179,7 +180,7 @@ class TrainingData:
 
     def _conversations(self) -> tuple[list[Conversation], ReadReport]:
         settings = self.settings
-        return data.load_dataset_by_name(
+        return sources.load_dataset_by_name(
             settings.dataset_name,
             split=settings.dataset_split,
             max_rows=settings.max_train_samples,
@@ -191,7 +192,7 @@ class TrainingData:
         limits = self.settings.reply_limits()
         expected = estimate.written_replies(conversations, self.tokenizer, **limits)
         self._require_consent(expected, "or --targets ground_truth")
-        rows, report = distillation.regenerate(conversations, self.verifier, self.tokenizer, **limits)
+        rows, report = regeneration.regenerate(conversations, self.verifier, self.tokenizer, **limits)
         self.say(f"data: {report.read} replies written, left out {report.skipped or 'none'}")
         return rows
 
@@ -205,9 +206,9 @@ class TrainingData:
         """Cut the rows and hold some out: training rows and evaluation rows."""
         longest = self.settings.model_max_length
         made = len(rows := rows[: self.settings.max_train_samples])
-        rows, cut = data.truncate(rows, longest)
-        data.check_token_ids(rows, self.verifier.vocab_size, self.verifier.name_or_path)
-        training, evaluation = data.split(rows, self.settings.max_eval_samples)
+        rows, cut = token_rows.truncate(rows, longest)
+        token_rows.check_token_ids(rows, self.verifier.vocab_size, self.verifier.name_or_path)
+        training, evaluation = token_rows.split(rows, self.settings.max_eval_samples)
         if len(training) < batch_size:
             raise DataError(
                 f"{len(training)} training rows are fewer than one batch of {batch_size}: "
@@ -223,7 +224,7 @@ class TrainingData:
     def _distilled(self, rows: TokenDataset, config: DistilConfig, limit: int | None) -> TokenDataset:
         """Give the first ``limit`` rows the base's own continuations at every position; leave the others out."""
         start = time.perf_counter()
-        found = TokenDataset(distillation.distil(rows.rows[:limit], self.verifier, config))
+        found = TokenDataset(continuations.distil(rows.rows[:limit], self.verifier, config))
         positions = sum(len(row.continuations) for row in found.rows if row.continuations is not None)
         self.say(
             f"distilled targets: {len(found)} rows, {positions} positions of {config.num_future_tokens} tokens, "

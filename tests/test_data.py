@@ -8,9 +8,10 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from recurrent_drafting import data
-from recurrent_drafting.data import EncodedRow, Turn
+from recurrent_drafting import data, token_rows
 from recurrent_drafting.errors import DataError
+from recurrent_drafting.sources import Turn
+from recurrent_drafting.token_rows import EncodedRow
 
 TOKENIZER_CLASS: Any = PreTrainedTokenizerFast
 HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
@@ -168,7 +169,7 @@ def test_truncation_is_counted_once_and_rows_without_reply_are_dropped() -> None
     rows = [data.encode(DIALOGUE, tokenizer, length) for length in (512, 12, 5)]
     assert [row.cut for row in rows] == [False, True, True]
     assert [len(row.input_ids) for row in rows] == [len(rows[0].input_ids), 12, 5]
-    kept, cut = data.truncate(rows, 10)
+    kept, cut = token_rows.truncate(rows, 10)
     assert (len(kept), cut) == (2, 3)
     assert all(len(row.input_ids) == len(row.loss_mask) == 10 for row in kept)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import train_speculator
-from recurrent_drafting import AutoregressiveDecoder, GenerationOutput, distillation, engines, estimate
+from recurrent_drafting import AutoregressiveDecoder, GenerationOutput, engines, estimate, regeneration
 from recurrent_drafting.engines import Request, TransformersEngine
 from tests.faults.common import Capture, refused, train_argv
 from tests.text_models import TEMPLATE, load_verifier, save_base
@@ -153,7 +153,7 @@ def test_no_reply_is_decoded_further_than_its_batch_can_keep(base: str, monkeypa
     """What is kept is what an unlimited reply begins with."""
     decoded: list[tuple[int, int]] = []
     found: list[Any] = []
-    generate, regenerate = AutoregressiveDecoder.generate, distillation.regenerate
+    generate, regenerate = AutoregressiveDecoder.generate, regeneration.regenerate
 
     def counted(self: AutoregressiveDecoder, prompts: list[list[int]], *args: Any, **kwargs: Any) -> GenerationOutput:
         decoded.append((min(map(len, prompts)), kwargs["max_new_tokens"]))
@@ -165,7 +165,7 @@ def test_no_reply_is_decoded_further_than_its_batch_can_keep(base: str, monkeypa
         return found[-1]
 
     monkeypatch.setattr(AutoregressiveDecoder, "generate", counted)
-    monkeypatch.setattr(distillation, "regenerate", kept)
+    monkeypatch.setattr(regeneration, "regenerate", kept)
     rows = save(*[talk("x" * (9 * (index % 5) + 1)) for index in range(engines.REPLY_BATCH + 3)])
     assert run(base, rows) == 0
     assert [shortest + limit for shortest, limit in decoded] == [LENGTH] * 2 and decoded[0] != decoded[1]

@@ -22,7 +22,7 @@ from recurrent_drafting import (
     TrainingArguments,
     Verifier,
 )
-from recurrent_drafting.data import Collator, EncodedRow, TokenDataset
+from recurrent_drafting.token_rows import Collator, EncodedRow, TokenDataset
 
 VOCAB, HIDDEN = 32, 32
 

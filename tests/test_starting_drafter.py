@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from recurrent_drafting.data import EncodedRow, TokenDataset
 from recurrent_drafting.errors import UsageError
 from recurrent_drafting.starting_drafter import DrafterSettings, prepare
+from recurrent_drafting.token_rows import EncodedRow, TokenDataset
 from tests.text_models import make_tokenizer
 from tests.tiny import VOCAB, make_verifier
 
