@@ -40,7 +40,12 @@ def members(node: ast.stmt) -> set[str]:
 
 
 MODULES = {path.stem: defined(ast.parse(path.read_text(encoding="utf-8")).body) for path in [*PACKAGE, *SCRIPTS]}
-CLASSES = {name: members(node) for names in MODULES.values() for name, node in names.items() if members(node)}
+# Two modules may each have a class of one name.
+CLASSES: dict[str, set[str]] = {}
+for _module in MODULES.values():
+    for _name, _node in _module.items():
+        if members(_node):
+            CLASSES.setdefault(_name, set()).update(members(_node))
 
 
 def unknown_names(text: str) -> list[str]:
