@@ -151,13 +151,15 @@ def _add_targets(parser: cli.ArgumentParser) -> None:
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, TrainingArguments]:
     """Parse the command line; --quick changes defaults, never what was given."""
-    from recurrent_drafting import output_directory, quick_run
+    from recurrent_drafting import output_directory
     from recurrent_drafting.trainer import TrainingArguments
     from recurrent_drafting.training_data import DataSettings
 
     parser = build_parser()
     argv = sys.argv[1:] if argv is None else list(argv)
     if "--quick" in argv:
+        from recurrent_drafting import quick_run
+
         parser.set_defaults(**quick_run.SETTINGS, bf16=_bf16_pays(argv))
     args = parser.parse_args(argv)
     if args.targets == "distilled":

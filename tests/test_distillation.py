@@ -278,7 +278,6 @@ def test_cut_loop_keeps_the_beginning_of_a_loop() -> None:
     assert engines.cut_loop(repeated_once) == repeated_once
 
 
-@pytest.mark.usefixtures("short_prompts")
 def test_shared_ngrams_ignore_case_and_punctuation() -> None:
     text = "one two three four five six seven eight nine ten eleven twelve thirteen"
     references = self_data.word_ngrams(f"before, {text.upper()}! after")
@@ -287,6 +286,7 @@ def test_shared_ngrams_ignore_case_and_punctuation() -> None:
     assert not self_data.shares_ngram("one two", references)
 
 
+@pytest.mark.usefixtures("short_prompts")
 def test_packing_keeps_rows_counts_and_how_to_make_them_again(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     write(TransformersEngine(make_verifier()), tmp_path / "rows", num_rows=24)
