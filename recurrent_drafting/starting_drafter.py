@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from recurrent_drafting import cli
 from recurrent_drafting.checkpoint import load_drafter
@@ -132,7 +133,8 @@ def prepare(
 
 def _named(settings: DrafterSettings, name: str, verifier: Verifier, tokenizer: Any) -> Drafter:
     # Released weights may be in bfloat16, too coarse for the optimizer's steps.
-    drafter = load_drafter(name).float()
+    drafter = load_drafter(name)
+    nn.Module.to(drafter, dtype=torch.float32)
     check_fit(verifier, drafter)
     check_tokenizer(tokenizer, drafter.config.tokenizer_fingerprint, verifier.name_or_path)
     for field, value in settings.decoding_defaults().items():
