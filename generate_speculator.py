@@ -52,6 +52,8 @@ def build_parser() -> cli.ArgumentParser:
 
 
 def _add_modes(parser: cli.ArgumentParser) -> None:
+    from recurrent_drafting.evaluation import RunSettings
+
     modes = parser.add_argument_group(
         "modes", "one of these, or a prompt on standard input"
     ).add_mutually_exclusive_group()
@@ -71,9 +73,11 @@ def _add_modes(parser: cli.ArgumentParser) -> None:
         help="--compare, and list every text that differs from the baseline's",
     )
     group.add_argument("--max_num_prompts", type=int, help="prompts used (default: all)")
-    group.add_argument("--max_prompt_length", type=int, default=500, help="tokens; the rest is cut")
-    group.add_argument("--batch_size", type=int, default=1, help="prompts decoded together")
-    group.add_argument("--turns", type=int, default=1, help="turns per question")
+    group.add_argument(
+        "--max_prompt_length", type=int, default=RunSettings.max_prompt_length, help="tokens; the rest is cut"
+    )
+    group.add_argument("--batch_size", type=int, default=RunSettings.batch_size, help="prompts decoded together")
+    group.add_argument("--turns", type=int, default=RunSettings.turns, help="turns per question")
     group.add_argument(
         "--output_file",
         metavar="FILE",
@@ -141,8 +145,12 @@ def _add_models(parser: cli.ArgumentParser) -> None:
 
 
 def _add_sampling(parser: cli.ArgumentParser) -> None:
+    from recurrent_drafting.evaluation import RunSettings
+
     group = parser.add_argument_group("generation")
-    group.add_argument("--max_generation_length", type=int, default=100, help="new tokens per reply")
+    group.add_argument(
+        "--max_generation_length", type=int, default=RunSettings.max_new_tokens, help="new tokens per reply"
+    )
     group.add_argument("--greedy_search", action="store_true", help="temperature 0")
     for item in fields(SamplingConfig):
         if item.name != "bad_words_ids":

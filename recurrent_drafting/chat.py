@@ -125,7 +125,7 @@ class ReplyStreamer:
         self._stats = DecodingStats(rows=1)
 
     def put(self, value: Tensor) -> None:
-        """Take the prompt, then the prefill's token, then the tokens of each verifier step."""
+        """Take the prompt, then the prefill's token, then the tokens of each verifier step, int64 ``[n]``."""
         if not self._prompt_seen:
             self._prompt_seen = True
             return

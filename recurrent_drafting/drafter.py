@@ -124,7 +124,7 @@ class Drafter(PreTrainedModel):
         return torch.stack(features, dim=1)
 
     def forward(self, context: Tensor, embeddings: Tensor) -> Tensor:
-        """Do what ``unroll`` does: the part of a training step that wrappers of the model see."""
+        """Do what ``unroll`` does, ``[P, K, D]``: the part of a training step that wrappers of the model see."""
         return self.unroll(context, embeddings)
 
 

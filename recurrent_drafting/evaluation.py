@@ -25,6 +25,7 @@ from recurrent_drafting.decoding import (
 )
 from recurrent_drafting.detokenizer import StopStrings, decode, token_texts
 from recurrent_drafting.drafter import Drafter
+from recurrent_drafting.errors import first_line
 from recurrent_drafting.evaluation_log import EvaluationLog
 from recurrent_drafting.latency_cache import latency_table
 from recurrent_drafting.lossless import LosslessReport
@@ -103,12 +104,11 @@ class _Finished:
         return {"rows": rows, "stats": {name: asdict(item) for name, item in self.stats.items()}, "cut": self.cut}
 
     @classmethod
-    def of(cls, entry: dict[str, Any], questions: Sequence[Question]) -> _Finished:
+    def of(cls, entry: dict[str, Any], questions: Sequence[Question], turns: int) -> _Finished:
         """Read a line of the log; its rows come turn by turn, in each the questions that have it."""
-        most = max(len(question.turns) for question in questions)
-        asked = [question for turn in range(most) for question in questions if turn < len(question.turns)]
+        asked = [question for turn in range(turns) for question in questions if turn < len(question.turns)]
         rows = []
-        for question, line in zip(asked, entry["rows"], strict=False):
+        for question, line in zip(asked, entry["rows"], strict=True):
             outputs = {
                 name: {**output, "steps": [Step(*step) for step in output["steps"]]}
                 for name, output in line["outputs"].items()
@@ -203,7 +203,7 @@ class Evaluation:
         """Take what the log holds, and decode the rest."""
         size = self._settings.batch_size
         batches = [questions[start : start + size] for start in range(0, len(questions), size)]
-        done = [_Finished.of(*pair) for pair in zip(log.entries if log else [], batches, strict=False)]
+        done = self._finished(log, batches) if log else []
         rows: list[_Row] = []
         total = sum(min(self._settings.turns, len(question.turns)) for question in questions)
         with tqdm(total=total, desc="evaluation", unit="prompt") as bar:
@@ -218,6 +218,18 @@ class Evaluation:
                     log.append(finished.entry())
                 self._take(finished, rows, bar)
         return rows
+
+    def _finished(self, log: EvaluationLog, batches: Sequence[Sequence[Question]]) -> list[_Finished]:
+        """Read what an earlier session finished."""
+        if len(log.entries) > len(batches):
+            raise log.foreign(f"it holds {len(log.entries)} batches, the run has {len(batches)}")
+        found = []
+        for number, entry in enumerate(log.entries, 1):
+            try:
+                found.append(_Finished.of(entry, batches[number - 1], self._settings.turns))
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise log.foreign(f"batch {number} is not what a run writes ({first_line(error)})") from error
+        return found
 
     def _take(self, finished: _Finished, rows: list[_Row], bar: Any) -> None:
         """Count a finished batch."""
@@ -400,6 +412,7 @@ class Evaluation:
             "compared": len(rows),
             "near_ties": report.near_ties,
             "structural": report.structural,
+            "unaudited": report.unaudited,
             "epsilon": report.epsilon,
         }
 
@@ -546,6 +559,7 @@ def format_summary(summary: dict[str, Any]) -> str:
     split = ", ".join(f"{name} {seconds / total:.1%}" for name, seconds in s["phase_seconds"].items())
     lines.append(f"  time split: {split}")
     if "compared" in s:
+        unjudged = f", {s['unaudited']} differing and not judged" if s["unaudited"] else ""
         lines += [
             "Against the baseline",
             f"  speculative {s['speculative_tokens_per_second']:.1f} tok/s, baseline "
@@ -553,6 +567,6 @@ def format_summary(summary: dict[str, Any]) -> str:
             f"(median; {s['speedup_min']:.2f}-{s['speedup_max']:.2f} over prompts; "
             f"{s['speedup_total']:.2f} on all tokens)",
             f"  identical outputs {s['identical']}/{s['compared']}: {s['identical']} identical, "
-            f"{s['near_ties']} rounding near-ties, {s['structural']} structural",
+            f"{s['near_ties']} rounding near-ties, {s['structural']} structural{unjudged}",
         ]
     return "\n".join(lines)

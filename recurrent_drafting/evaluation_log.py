@@ -91,15 +91,16 @@ class EvaluationLog:
             try:
                 found = json.loads(line)
             except ValueError as error:
-                raise self._foreign(f"line {number} is no JSON: {error}") from error
+                raise self.foreign(f"line {number} is no JSON: {error}") from error
             if not isinstance(found, dict):
-                raise self._foreign(f"line {number} is no JSON object")
+                raise self.foreign(f"line {number} is no JSON object")
             lines.append(found)
         if lines and "identity" not in lines[0]:
-            raise self._foreign("its first line names no run")
+            raise self.foreign("its first line names no run")
         return lines
 
-    def _foreign(self, reason: str) -> DataError:
+    def foreign(self, reason: str) -> DataError:
+        """Return the error that says why the file is no log of an evaluation."""
         return DataError(f"{self.path} is no progress of an evaluation: {reason}; delete it to begin anew")
 
     def _require_same(self, first: Mapping[str, Any], identity: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,8 @@ from recurrent_drafting.token_rows import Collator, EncodedRow, TokenDataset
 from recurrent_drafting.verifier import Verifier
 
 _ROWS_PER_SHARD, _ROWS_PER_FORWARD = 64, 8
+# Below what a process may usually hold open.
+_OPEN_SHARDS = 256
 _SETTINGS = "settings.json"
 _NAME, _DTYPE = "hidden", torch.bfloat16
 
@@ -132,6 +134,8 @@ class HiddenStateCache:
         """Return the states of a row, bfloat16 ``[T, H]``, read from the mapped file."""
         path, start, stop = self._places[index]
         if path not in self._open:
+            if len(self._open) >= _OPEN_SHARDS:
+                self._open.pop(next(iter(self._open)))
             self._open[path] = safe_open(path, framework="pt").__enter__()  # type: ignore[no-untyped-call]
         states: Tensor = self._open[path].get_slice(_NAME)[start:stop]
         return states

@@ -167,7 +167,7 @@ def _alarm(result: Result) -> str:
         where = (
             f" First at request {first.get('request_id')}, new token {first.get('position')}: {first.get('reason')}."
         )
-    outputs = sum(verdict.get(name, 0) for name in ("identical", "near_ties", "structural"))
+    outputs = sum(verdict.get(name, 0) for name in ("identical", "near_ties", "structural", "unaudited"))
     text = f"{result.name}: {verdict['structural']} of {outputs} outputs differ structurally from the baseline's."
     return f'<p class="alarm" role="alert"><strong>{escape(text)} This is a bug.</strong>{escape(where)}</p>'
 
@@ -226,6 +226,8 @@ def _tiles(summary: dict[str, Any]) -> str:
     tiles.append(("tokens/s", rate, f"baseline {number(baseline, '.1f')}" if baseline is not None else ""))
     if "identical" in summary:
         verdicts = f"{summary.get('near_ties')} rounding near-ties, {summary.get('structural')} structural"
+        if summary.get("unaudited"):
+            verdicts += f", {summary['unaudited']} differing and not judged"
         tiles.append(("identical outputs", f"{summary['identical']}/{summary['compared']}", verdicts))
     cut = f", {summary['cut_prompts']} cut" if summary.get("cut_prompts") else ""
     seconds = f"{summary.get('tokens')} tokens, {number(summary.get('seconds'), '.1f')} s{cut}"

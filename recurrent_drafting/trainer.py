@@ -6,6 +6,7 @@ position, one loss value per position and depth, normalised here.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,8 @@ from recurrent_drafting.verifier import Verifier
 
 OBJECTIVES = ("ce", "kl", "expected_length")
 AUTO_DRAFT_VOCABULARY = 8192
+# Rows whose tokens are counted at a time: a count is as long as the vocabulary.
+_COUNTED_ROWS = 1024
 Counters = TypeVar("Counters", DecodingStats, MeanMetrics)
 # Of the base class's arguments those that decide what the weights become; our own all do, but for the reports.
 DECISIVE = (
@@ -435,15 +438,19 @@ class DrafterTrainer(ResumableTrainer):
 
     def _record(self, batch: Supervision, result: losses.HeadLoss) -> None:
         """Add the expected length, per-depth losses and teacher-forced accuracies to the running means."""
-        self._means.add("expected_length", float(result.paths.sum()), int(batch.valid[:, 0].sum()))
-        depth = torch.arange(1, batch.valid.shape[1] + 1, device=batch.valid.device).expand_as(batch.valid)[batch.valid]
-        for k in range(1, batch.valid.shape[1] + 1):
-            here = depth == k
-            count = int(here.sum())
-            self._means.add(f"loss_depth_{k}", float(result.per_row[here].sum()), count)
-            for top in (1, self.args.drafter_top_k):
-                hits = int((result.ranks[here] < top).sum())
-                self._means.add(f"top{top}_depth_{k}", hits, count)
+        depth = torch.arange(batch.valid.shape[1], device=batch.valid.device).expand_as(batch.valid)[batch.valid]
+        tops = (1, self.args.drafter_top_k)
+        figures = [torch.ones_like(result.per_row), result.per_row, *(result.ranks < top for top in tops)]
+        columns = torch.stack([figure.double() for figure in figures], dim=1)
+        # Sums by depth on the device: the host waits for it once.
+        sums = columns.new_zeros(batch.valid.shape[1], len(figures)).index_add_(0, depth, columns)
+        total = result.paths.double().sum().expand(1, len(figures))
+        *by_depth, [expected, *_] = torch.cat([sums, total]).tolist()
+        self._means.add("expected_length", expected, int(by_depth[0][0]))
+        for k, (count, loss, *hits) in enumerate(by_depth, 1):
+            self._means.add(f"loss_depth_{k}", loss, int(count))
+            for top, hit in zip(tops, hits, strict=True):
+                self._means.add(f"top{top}_depth_{k}", int(hit), int(count))
 
 
 def simulate(
@@ -495,19 +502,17 @@ def simulate(
 
 def _follow(tree: DraftTree, texts: Sequence[Sequence[int]]) -> list[int]:
     """Return how many tokens of each text the row's tree holds as a path from the root."""
-    parents, tokens, valid = tree.parents.tolist(), tree.tokens.tolist(), tree.valid.tolist()
-    lengths = []
-    for row, text in enumerate(texts):
-        children = {
-            (parent, token): node
-            for node, (parent, token, ok) in enumerate(zip(parents[row], tokens[row], valid[row], strict=True))
-            if ok and node
-        }
-        node, length = 0, 0
-        while length < len(text) and (node, text[length]) in children:
-            node = children[node, text[length]]
-            length += 1
-        lengths.append(length)
+    device = tree.tokens.device
+    nodes, lengths = [0] * len(texts), [0] * len(texts)
+    active = [row for row, text in enumerate(texts) if text]
+    while active:
+        at = torch.tensor([nodes[row] for row in active], device=device)
+        tokens = torch.tensor([texts[row][lengths[row]] for row in active], device=device)
+        children = tree.child(torch.tensor(active, device=device), at, tokens).tolist()
+        for row, child in zip(active, children, strict=True):
+            nodes[row] = child
+            lengths[row] += child > 0
+        active = [row for row, child in zip(active, children, strict=True) if child and lengths[row] < len(texts[row])]
     return lengths
 
 
@@ -549,9 +554,10 @@ def choose_draft_vocabulary(rows: TokenDataset, size: str, vocab_size: int) -> t
         raise UsageError(f"draft_vocab_size must be auto or in 0..{vocab_size}, got {size!r}")
     count = min(vocab_size, AUTO_DRAFT_VOCABULARY) if size == "auto" else int(size) or vocab_size
     frequency = torch.zeros(vocab_size, dtype=torch.long)
-    for row in rows.rows:
-        ids = torch.tensor(row.input_ids)[torch.tensor(row.loss_mask)]
-        frequency += ids.bincount(minlength=vocab_size)
+    for start in range(0, len(rows.rows), _COUNTED_ROWS):
+        part = rows.rows[start : start + _COUNTED_ROWS]
+        ids = [token for row in part for token in itertools.compress(row.input_ids, row.loss_mask)]
+        frequency += torch.tensor(ids, dtype=torch.long).bincount(minlength=vocab_size)
     chosen = frequency.sort(descending=True, stable=True).indices[:count].sort().values
     return chosen, float(frequency[chosen].sum() / max(int(frequency.sum()), 1))
 

@@ -224,7 +224,7 @@ class DraftBudget:
         return True
 
     def worth_going_on(self, log_probs: Tensor) -> bool:
-        """See ``LatencyCurve.worth_going_on``."""
+        """See ``LatencyCurve.worth_going_on``; ``[B, depths, W]``."""
         return self._table.at(len(log_probs)).worth_going_on(log_probs, self.calibration)
 
     def choose(self, log_probs: Tensor, drafted_depths: int | None = None) -> int:

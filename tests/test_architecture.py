@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -176,6 +177,67 @@ def test_no_broad_except_and_no_long_function(path: Path) -> None:
 def test_the_package_never_prints(path: Path) -> None:
     calls = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]
     assert [call.lineno for call in calls if ast.unparse(call.func) == "print"] == []
+
+
+def public_functions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.FunctionDef]]:
+    """List the functions and methods that no underscore hides."""
+    for item in ast.iter_child_nodes(node):
+        if isinstance(item, (ast.ClassDef, ast.FunctionDef)) and not item.name.startswith("_"):
+            if isinstance(item, ast.ClassDef):
+                yield from public_functions(item, f"{item.name}.")
+            else:
+                yield prefix + item.name, item
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: path.stem)
+def test_public_tensors_have_their_shapes_in_the_docstring(path: Path) -> None:
+    kinds = {"Tensor", "Tensor | None", "torch.Tensor"}
+    without = []
+    for name, function in public_functions(tree_of(path)):
+        arguments = [*function.args.args, *function.args.kwonlyargs]
+        annotations = {ast.unparse(item) for item in (*(a.annotation for a in arguments), function.returns) if item}
+        if annotations & kinds and not re.search(r"`\[.*\]`", ast.get_docstring(function) or ""):
+            without.append(name)
+    assert without == []
+
+
+def class_defaults() -> dict[str, str]:
+    """Return the classes of the package that set a default, by the name of the field."""
+    return {
+        item.target.id: node.name
+        for path in PACKAGE
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.ClassDef) and node.name.endswith(("Config", "Settings", "Arguments", "Grid"))
+        for item in node.body
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and item.value is not None
+    }
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_no_default_is_stated_twice(path: Path) -> None:
+    known, twice = class_defaults(), []
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".add_argument"):
+            names = {item.value.lstrip("-") for item in node.args if isinstance(item, ast.Constant)}
+            default = next((item.value for item in node.keywords if item.arg == "default"), None)
+            if isinstance(default, ast.Constant) and default.value is not None:
+                twice += [f"--{name}: {known[name]} has its default" for name in sorted(names & set(known))]
+    assert twice == []
+
+
+def test_no_ten_lines_stand_twice() -> None:
+    tests = sorted(path for path in (ROOT / "tests").rglob("*.py"))
+    seen: dict[tuple[str, ...], str] = {}
+    twice = []
+    for path in [*PACKAGE, *SCRIPTS, *BENCHMARKS, *tests]:
+        numbered = [(n, line.strip()) for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)]
+        code = [(n, line) for n, line in numbered if line and not line.startswith(("#", "import ", "from "))]
+        for start in range(len(code) - 9):
+            window = tuple(line for _, line in code[start : start + 10])
+            place = f"{path.relative_to(ROOT)}:{code[start][0]}"
+            if (first := seen.setdefault(window, place)) != place:
+                twice.append(f"{first} and {place}")
+    assert twice == []
 
 
 def test_importing_the_package_only_registers_its_classes_and_needs_no_optional_package() -> None:

@@ -206,6 +206,42 @@ def test_files_of_another_kind_are_refused_and_kept(tmp_path: Path, content: byt
     assert path.read_bytes() == content
 
 
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda batch: batch.pop("stats"), "batch 1 is not what a run writes"),
+        (lambda batch: batch["rows"].pop(), "batch 1 is not what a run writes"),
+        (lambda batch: batch["rows"][0].update(outputs=5), "batch 1 is not what a run writes"),
+        (lambda batch: batch["stats"]["baseline"].update(unknown=1), "batch 1 is not what a run writes"),
+    ],
+)
+def test_a_damaged_batch_is_refused_and_kept(
+    decoder: SpeculativeDecoder, questions: list[Question], tmp_path: Path, damage: Any, expected: str
+) -> None:
+    path = tmp_path / "p.jsonl"
+    interrupt(decoder, questions, path, SETTINGS, after=6)
+    lines = path.read_text().splitlines()
+    place = next(index for index, line in enumerate(lines) if "batch" in json.loads(line))
+    entry = json.loads(lines[place])
+    damage(entry["batch"])
+    lines[place] = json.dumps(entry)
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match=expected):
+        run(decoder, questions, path)
+    assert path.read_text().startswith("\n".join(lines))
+
+
+def test_more_batches_than_the_run_has_are_refused(
+    decoder: SpeculativeDecoder, questions: list[Question], tmp_path: Path
+) -> None:
+    path = tmp_path / "p.jsonl"
+    run(decoder, questions, path)
+    batch = next(line for line in path.read_text().splitlines() if "batch" in json.loads(line))
+    path.write_text(path.read_text() + batch + "\n")
+    with pytest.raises(DataError, match="it holds 5 batches, the run has 4"):
+        run(decoder, questions, path)
+
+
 def test_two_runs_do_not_share_a_file(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     with evaluation_log.opened(path, {"a": 1}) as log:
