@@ -25,12 +25,15 @@ logger = logging.getLogger(__name__)
 
 
 def data_fingerprint(rows: Sequence[EncodedRow]) -> str:
-    """Return the identity of training rows: their tokens and loss masks, in order."""
+    """Return the identity of training rows: their tokens, loss masks and distilled targets, in order."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(np.int64(len(row.input_ids)).tobytes())
         digest.update(np.asarray(row.input_ids, dtype=np.int64).tobytes())
         digest.update(np.asarray(row.loss_mask, dtype=np.bool_).tobytes())
+        if row.continuations is not None:
+            digest.update(np.asarray(row.continuations.shape, dtype=np.int64).tobytes())
+            digest.update(row.continuations.numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from recurrent_drafting import RecurrentDraftingConfig, manifest, resume
 from recurrent_drafting.errors import ModelError, UsageError
@@ -43,6 +44,17 @@ def test_other_rows_have_another_fingerprint(other: list[EncodedRow]) -> None:
     assert resume.data_fingerprint(other) != resume.data_fingerprint(ROWS)
     again = [EncodedRow(list(row.input_ids), list(row.loss_mask)) for row in ROWS]
     assert resume.data_fingerprint(again) == resume.data_fingerprint(ROWS)
+
+
+def test_other_continuations_have_another_fingerprint() -> None:
+    def distilled(*tokens: list[int]) -> list[EncodedRow]:
+        return [EncodedRow([1, 2, 3], [False, True, True], continuations=torch.tensor(tokens)), ROWS[1]]
+
+    found = [
+        resume.data_fingerprint(rows) for rows in (ROWS, distilled([5, 6]), distilled([5, 7]), distilled([5], [6]))
+    ]
+    assert len(set(found)) == len(found)
+    assert resume.data_fingerprint(distilled([5, 6])) == found[1]
 
 
 @pytest.mark.parametrize("wanted", [None, False, "", "False"])
