@@ -167,6 +167,9 @@ FAMILIES: dict[str, Family] = {
     "cohere2": Family(
         "cohere2", {"logit_scale": 0.25, "head_dim": 8}, {"sliding_window": 8, "layer_types": _ALTERNATING}
     ),
+    "apertus": Family("apertus"),
+    "arcee": Family("arcee", {"head_dim": 12}),
+    "ernie4_5": Family("ernie4_5", {"head_dim": 12, "use_bias": True}),
     "stablelm": Family("stablelm", {"partial_rotary_factor": 0.5, "use_qkv_bias": True}),
     "smollm3": Family(
         "smollm3",
