@@ -132,15 +132,20 @@ def measure(args: argparse.Namespace, name: str, seed: int, verifier: Verifier, 
 
 
 def table(directory: Path) -> str:
-    """Return what the files of a directory hold, best first."""
+    """Return what the files of a directory hold, best first, with the flags that a row adds to the base recipe."""
     records = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
     records.sort(key=lambda record: -float(record["greedy"]["16"]["tau"]))
-    lines = ["| change | seed | steps | seconds | tau, 16 nodes | tau, all |", "|---|---|---|---|---|---|"]
-    lines += [
-        f"| {record['row']} | {record['seed']} | {record['steps']} | {record['training_seconds']:.0f} "
-        f"| {record['greedy']['16']['tau']:.3f} | {record['greedy']['all']['tau']:.3f} |"
-        for record in records
+    lines = [
+        "| change | flags | seed | steps | seconds | tau, 8 nodes | 16 nodes | all |",
+        "|---|---|---|---|---|---|---|---|",
     ]
+    for record in records:
+        flags = f"`{CHANGES[record['row']]}`" if CHANGES.get(record["row"]) else "-"
+        taus = " | ".join(f"{record['greedy'][nodes]['tau']:.3f}" for nodes in ("8", "16", "all"))
+        lines.append(
+            f"| {record['row']} | {flags} | {record['seed']} | {record['steps']} "
+            f"| {record['training_seconds']:.0f} | {taus} |"
+        )
     return "\n".join(lines)
 
 
