@@ -11,35 +11,25 @@ Examples:
 from __future__ import annotations
 
 import argparse
-import io
-import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from recurrent_drafting import cli
 from recurrent_drafting.assets import DEFAULT_BASE
 from recurrent_drafting.config import BeamConfig, RecurrentDraftingConfig, SamplingConfig, SweepGrid
-from recurrent_drafting.errors import DataError, ModelError, NetworkError, UsageError
+from recurrent_drafting.errors import UsageError
 
 if TYPE_CHECKING:
-    from recurrent_drafting import Drafter, SpeculativeDecoder, Verifier
-    from recurrent_drafting.detokenizer import StopStrings
+    from recurrent_drafting import SpeculativeDecoder
+    from recurrent_drafting.base_and_drafter import Models
     from recurrent_drafting.evaluation import RunSettings
     from recurrent_drafting.prompt_files import Question
 
 MODES = ("--prompt", "--prompt_file", "--interactive", "--eval_mt_bench", "--eval_file")
-TRAINED = "models/*-recurrent-drafter*"
-RELEASED = Path(__file__).resolve().parent / "models"
-MAX_PROMPT_BYTES = 64 * 1024 * 1024
-# Timed forwards per tree size: a single reply must not wait for a careful measurement.
-TIMINGS, TIMINGS_ONE_SHOT = 5, 1
 # Prompts of a sweep, spread over the file.
 SWEEP_PROMPTS = 8
-AUTO = "auto"
 
 
 def build_parser() -> cli.ArgumentParser:
@@ -101,9 +91,9 @@ def _add_sweep(parser: cli.ArgumentParser) -> None:
         f"with --sweep; each value with each, on {SWEEP_PROMPTS} prompts unless --max_num_prompts says otherwise; "
         "--beam_width, --beam_length, --max_tree_nodes, --temperature and --greedy_search fix theirs",
     )
-    kinds = {"widths": int, "lengths": int, "nodes": _tree_nodes, "temperatures": float}
+    kinds = {"widths": int, "lengths": int, "nodes": cli.auto_or_int, "temperatures": float}
     for name, kind in kinds.items():
-        usual = " ".join(AUTO if value is None else str(value) for value in getattr(SweepGrid, name))
+        usual = " ".join(cli.AUTO if value is None else str(value) for value in getattr(SweepGrid, name))
         group.add_argument(f"--sweep_{name}", nargs="+", type=kind, metavar="X", help=f"default: {usual}")
     group.add_argument(
         "--save_recommended", action="store_true", help="make the best beam width and length the drafter's defaults"
@@ -111,17 +101,17 @@ def _add_sweep(parser: cli.ArgumentParser) -> None:
 
 
 def _add_models(parser: cli.ArgumentParser) -> None:
+    from recurrent_drafting.base_and_drafter import ModelSettings
+
     group = parser.add_argument_group("models")
     group.add_argument("--base_model", help=f"default: the base of the drafter, else {DEFAULT_BASE}")
-    group.add_argument(
-        "--speculator_path",
-        help="drafter (default: the newest one in ./models for the base, else the released one)",
-    )
+    choice = "the newest one in ./models for the base, else the released one"
+    group.add_argument("--speculator_path", help=f"drafter (default: {choice})")
     group.add_argument("--revision", help="hub revision of the base")
     group.add_argument("--trust_remote_code", action="store_true", help="run the base's own code")
     group.add_argument("--allow_base_mismatch", action="store_true", help="use a drafter of another base")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    group.add_argument("--dtype", default="auto", help="auto, fp32, bf16, fp16 or fp64")
+    group.add_argument("--device", default=ModelSettings.device, help="auto, cpu, cuda or cuda:N")
+    group.add_argument("--dtype", default=ModelSettings.dtype, help="auto, fp32, bf16, fp16 or fp64")
     group.add_argument("--compile", action="store_true", help="compile the base (torch.compile); first steps take long")
     group.add_argument("--num_threads", type=int, help="threads (default: torch's own choice)")
     beam = parser.add_argument_group("drafting")
@@ -137,10 +127,10 @@ def _add_models(parser: cli.ArgumentParser) -> None:
     )
     beam.add_argument(
         "--max_tree_nodes",
-        type=_tree_nodes,
+        type=cli.auto_or_int,
         metavar="auto|N",
         help="nodes verified per step, root included, at most beam_width x beam_length + 1; "
-        f"{AUTO} follows the measured latency curve (default: {AUTO})",
+        f"{cli.AUTO} follows the measured latency curve (default: {cli.AUTO})",
     )
 
 
@@ -180,37 +170,26 @@ _HELP = {
 }
 
 
-def _tree_nodes(text: str) -> int | str:
-    """Read a number of tree nodes, or auto."""
-    if text == AUTO:
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected {AUTO} or a number, got {text!r}") from None
-
-
-def _node_limit(given: int | str | None) -> int | None:
-    """Return the limit on tree nodes that a value of the command line means; None has no fixed one."""
-    return given if isinstance(given, int) else None
-
-
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse values that cannot work, before anything is loaded.
 
     Raises:
         UsageError: with the range or the choices.
     """
+    from recurrent_drafting.delivery import DeliverySettings
+
     least = {"max_num_prompts": 1, "max_prompt_length": 1, "batch_size": 1, "turns": 1}
     least |= {"num_threads": 1, "max_generation_length": 0, "beam_width": 1, "beam_length": 1, "lookup_length": 0}
     cli.require_least(args, least)
-    BeamConfig(max_nodes=_node_limit(args.max_tree_nodes))
+    BeamConfig(max_nodes=cli.fixed_number(args.max_tree_nodes))
     if args.greedy_search and args.temperature:
         raise UsageError(f"--greedy_search excludes --temperature {args.temperature}: give one")
-    sampling_config(args, ())
+    sampling_config(args)
     if not all([*args.stop, *args.bad_words]):
         raise UsageError("--stop and --bad_words take non-empty text, got ''")
     _check_evaluation(args)
+    _check_sweep(args)
+    cli.settings_of(DeliverySettings, args).require_deliverable()
 
 
 def _check_evaluation(args: argparse.Namespace) -> None:
@@ -222,20 +201,14 @@ def _check_evaluation(args: argparse.Namespace) -> None:
     for name in ("compare", "verify_lossless", "output_file", "answer_file", "report", "sweep", "use_wandb"):
         if getattr(args, name) and not evaluates:
             raise UsageError(f"--{name} goes with --eval_mt_bench or --eval_file")
-    _check_sweep(args)
-    for name in ("output_file", "answer_file", "report"):
-        if getattr(args, name) is not None:
-            _check_output_file(f"--{name}", Path(getattr(args, name)))
-    if args.use_wandb:
-        from recurrent_drafting import tracking
-
-        tracking.require_installed(["wandb"])
 
 
 def _check_sweep(args: argparse.Namespace) -> None:
     """Refuse a sweep that cannot be run, and its flags without it."""
     if args.sweep:
-        sweep_grid(args)
+        from recurrent_drafting.sweep import SweepSettings
+
+        cli.settings_of(SweepSettings, args).grid()
         if args.answer_file is not None:
             raise UsageError("--answer_file takes the replies of one setting: drop --sweep")
         if args.max_generation_length < 2:
@@ -246,54 +219,11 @@ def _check_sweep(args: argparse.Namespace) -> None:
             raise UsageError(f"--{name} goes with --sweep")
 
 
-def sweep_grid(args: argparse.Namespace) -> SweepGrid:
-    """Collect what a sweep tries: its own flags, else the flag of one value, else the default.
-
-    Raises:
-        UsageError: a value is out of range, or an axis is given twice.
-    """
-    temperature = 0.0 if args.greedy_search else args.temperature
-    axes = {
-        "widths": (f"--beam_width {args.beam_width}", args.beam_width),
-        "lengths": (f"--beam_length {args.beam_length}", args.beam_length),
-        "nodes": (f"--max_tree_nodes {args.max_tree_nodes}", args.max_tree_nodes),
-        "temperatures": ("--greedy_search" if args.greedy_search else f"--temperature {temperature}", temperature),
-    }
-    chosen: dict[str, Any] = {}
-    for axis, (flag, value) in axes.items():
-        given = getattr(args, f"sweep_{axis}")
-        if given and value is not None:
-            raise UsageError(f"--sweep_{axis} excludes {flag}: give one")
-        if given or value is not None:
-            chosen[axis] = tuple(given or [value])
-    if "nodes" in chosen:
-        chosen["nodes"] = tuple(map(_node_limit, chosen["nodes"]))
-    return SweepGrid(**chosen)
-
-
-def _check_output_file(flag: str, path: Path) -> None:
-    """Refuse a file that could not be written when the work is done."""
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(f"{flag} {path} cannot be written: name a file in a writable folder")
-
-
-def sampling_config(args: argparse.Namespace, bad_words_ids: Sequence[Sequence[int]]) -> SamplingConfig:
+def sampling_config(args: argparse.Namespace, bad_words_ids: tuple[tuple[int, ...], ...] = ()) -> SamplingConfig:
     """Collect the sampling flags."""
     names = [item.name for item in fields(SamplingConfig) if item.name != "bad_words_ids"]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return SamplingConfig(**given, bad_words_ids=tuple(tuple(word) for word in bad_words_ids))
-
-
-def bad_words_ids(tokenizer: Any, words: Sequence[str]) -> list[list[int]]:
-    """Return each word's tokens, at the start of a text and after a space."""
-    found = []
-    for word in words:
-        for text in (word, f" {word}"):
-            ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-            if ids and ids not in found:
-                found.append(ids)
-    return found
+    return SamplingConfig(**given, bad_words_ids=bad_words_ids)
 
 
 def read_prompt(args: argparse.Namespace) -> str | None:
@@ -303,181 +233,18 @@ def read_prompt(args: argparse.Namespace) -> str | None:
         UsageError: no mode was chosen and standard input holds nothing.
         DataError: the prompt is empty, too long or not UTF-8.
     """
+    from recurrent_drafting import single_prompt
+
     if args.interactive or args.eval_mt_bench or args.eval_file is not None:
         return None
     if args.prompt is not None:
-        return _checked_prompt(args.prompt, "--prompt")
+        return single_prompt.checked(args.prompt, "--prompt")
     if args.prompt_file is not None:
-        try:
-            with Path(args.prompt_file).open("rb") as file:
-                raw = file.read(MAX_PROMPT_BYTES + 1)
-        except OSError as error:
-            raise DataError(f"{args.prompt_file} cannot be read: {error.strerror}; check the path") from error
-        return _checked_prompt(_text(raw, args.prompt_file), args.prompt_file)
-    raw = b"" if sys.stdin.isatty() else sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
-    if not raw:
+        return single_prompt.from_file(args.prompt_file)
+    prompt = single_prompt.from_pipe(sys.stdin)
+    if prompt is None:
         raise UsageError(f"no mode was chosen: expected one of {', '.join(MODES)}, or a piped prompt")
-    return _checked_prompt(_text(raw, "standard input"), "standard input")
-
-
-def _text(raw: bytes, where: str) -> str:
-    if len(raw) > MAX_PROMPT_BYTES:
-        raise DataError(f"{where} holds more than {MAX_PROMPT_BYTES} bytes: shorten the prompt")
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{where}:{line}: expected UTF-8, got byte {raw[error.start]:#04x}; convert it") from error
-
-
-def _checked_prompt(text: str, where: str) -> str:
-    if not text.strip():
-        raise DataError(f"{where} is empty: expected a prompt of at least one character")
-    place = next((index for index, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
-    if place is not None:
-        raise DataError(f"{where}: expected UTF-8, got a byte that is none at character {place + 1}; convert it")
-    return text.rstrip("\n")
-
-
-def find_drafters() -> list[tuple[Path, str | None]]:
-    """List the drafters on this machine, newest first and released ones last, with their bases."""
-    from recurrent_drafting.checkpoint import CONFIG, WEIGHTS, is_drafter
-
-    def usable(paths: Any) -> list[Path]:
-        return [path for path in paths if is_drafter(path) and (path / WEIGHTS).is_file()]
-
-    def age(path: Path) -> float:
-        return (path / WEIGHTS).stat().st_mtime
-
-    trained = sorted(usable(Path().glob(TRAINED)), key=age, reverse=True)
-    released = usable(sorted(RELEASED.glob("*-redrafter")))
-    return [
-        (path, json.loads((path / CONFIG).read_text()).get("verifier_name_or_path")) for path in (*trained, *released)
-    ]
-
-
-def choose_drafter(base: str) -> Path:
-    """Return the newest drafter trained here for a base, else the released one.
-
-    Raises:
-        ModelError: there is none; the others are listed.
-    """
-    found = find_drafters()
-    for path, verifier in found:
-        if verifier == base or path == RELEASED / f"{Path(base).name}-redrafter":
-            return path
-    raise ModelError(
-        f"no drafter for {base}: {_list(found)}; train one with train_speculator.py, name one with "
-        "--speculator_path, or use --autoregressive"
-    )
-
-
-def _list(found: Sequence[tuple[Path, str | None]]) -> str:
-    if not found:
-        return "no drafters found"
-    return "drafters found: " + ", ".join(f"{path} (for {verifier})" for path, verifier in found)
-
-
-def load_named_drafter(name: str) -> Drafter:
-    """Load a drafter; say which others there are if it does not load."""
-    from recurrent_drafting.checkpoint import load_drafter
-
-    path = cli.user_path(name)
-    local = name.count("/") != 1 or name.startswith((".", "~")) or path.parent.is_dir()
-    if local and not path.exists():
-        raise ModelError(f"--speculator_path {name} does not exist; {_list(find_drafters())}")
-    try:
-        return load_drafter(str(path) if local else name)
-    except (ModelError, NetworkError) as error:
-        raise type(error)(f"{error}; {_list(find_drafters())}") from error
-
-
-def load_models(args: argparse.Namespace) -> tuple[Verifier, Drafter | None]:
-    """Load base and drafter, and say on stderr which ones; fill in --base_model and the drafter."""
-    from recurrent_drafting import Verifier
-
-    drafter = None
-    if not args.autoregressive:
-        if args.speculator_path is None:
-            args.base_model = args.base_model or DEFAULT_BASE
-            args.speculator_path = str(choose_drafter(args.base_model))
-        drafter = load_named_drafter(args.speculator_path)
-        args.base_model = args.base_model or drafter.config.verifier_name_or_path
-    args.base_model = args.base_model or DEFAULT_BASE
-    _say(f"base: {args.base_model}; drafter: {args.speculator_path if drafter else 'none'}")
-    options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
-    verifier = Verifier.from_pretrained(args.base_model, args.dtype, args.device, **options)
-    if args.compile:
-        verifier.compile()
-    return verifier, drafter
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def run_settings(args: argparse.Namespace, tokenizer: Any, config: RecurrentDraftingConfig | None) -> RunSettings:
-    """Collect what decoding needs to know."""
-    from recurrent_drafting.detokenizer import StopStrings
-    from recurrent_drafting.evaluation import RunSettings
-
-    stop: StopStrings | None = StopStrings(tokenizer, args.stop) if args.stop else None
-    own = config or RecurrentDraftingConfig
-    return RunSettings(
-        base_model=args.base_model,
-        speculator_path=args.speculator_path,
-        max_new_tokens=args.max_generation_length,
-        max_prompt_length=args.max_prompt_length,
-        batch_size=args.batch_size,
-        turns=args.turns,
-        sampling=sampling_config(args, bad_words_ids(tokenizer, args.bad_words)),
-        beam=BeamConfig(
-            width=args.beam_width or own.beam_width,
-            length=args.beam_length or own.beam_length,
-            max_nodes=_node_limit(args.max_tree_nodes),
-            lookup_length=own.lookup_length if args.lookup_length is None else args.lookup_length,
-        ),
-        auto_tree=_node_limit(args.max_tree_nodes) is None,
-        stop=stop,
-    )
-
-
-def reply(decoder: Any, tokenizer: Any, settings: RunSettings, prompt: str) -> None:
-    """Write the reply to one prompt on standard output, its figures on stderr."""
-    from recurrent_drafting import chat, data
-
-    def show(piece: chat.Piece) -> None:
-        sys.stdout.write(piece.text)
-        sys.stdout.flush()
-
-    ids = data.render(tokenizer, [{"role": "user", "content": prompt}], ask=True)
-    streamer = chat.ReplyStreamer(chat.TextStream(tokenizer, settings.stop), show)
-    output = decoder.generate(
-        [ids],
-        max_new_tokens=settings.max_new_tokens,
-        sampling=settings.sampling,
-        stop=settings.stop,
-        streamer=streamer,
-    )
-    sys.stdout.write("\n")
-    _say(f"[{chat.format_stats(streamer.stats())}, finished by {output.finish_reasons[0]}]")
-
-
-def talk(verifier: Verifier, decoder: SpeculativeDecoder | None, tokenizer: Any, settings: RunSettings) -> None:
-    """Chat on the terminal."""
-    from recurrent_drafting import AutoregressiveDecoder, chat
-
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        # A byte that is no text would end the stream, and with it the lines behind it; so the chat gets it and refuses
-        # its message alone. A pipe is UTF-8 in every locale, as one that brings a prompt is.
-        sys.stdin.reconfigure(encoding=None if sys.stdin.isatty() else "utf-8", errors="surrogateescape")
-    chat.Chat(
-        AutoregressiveDecoder(verifier),
-        decoder,
-        tokenizer,
-        chat.ChatSettings(settings.max_new_tokens, settings.sampling, settings.stop),
-        chat.Terminal(sys.stdin, sys.stdout),
-    ).run()
+    return prompt
 
 
 def load_questions(args: argparse.Namespace) -> list[Question] | None:
@@ -486,95 +253,102 @@ def load_questions(args: argparse.Namespace) -> list[Question] | None:
 
     if not args.eval_mt_bench and args.eval_file is None:
         return None
-    source = "mt-bench" if args.eval_mt_bench else args.eval_file
-    count, spread = args.max_num_prompts, args.sweep
-    if args.sweep and count is None:
-        whole, _ = prompt_files.load_questions(source, skip_bad_rows=args.skip_bad_rows)
-        count = min(SWEEP_PROMPTS, len(whole))
-    questions, note = prompt_files.load_questions(source, count, spread=spread, skip_bad_rows=args.skip_bad_rows)
+    questions, note = prompt_files.load_questions(
+        "mt-bench" if args.eval_mt_bench else args.eval_file,
+        args.max_num_prompts,
+        usual=SWEEP_PROMPTS if args.sweep else None,
+        spread=args.sweep,
+        skip_bad_rows=args.skip_bad_rows,
+    )
     if note:
-        _say(note)
+        cli.note(note)
     return questions
+
+
+def run_settings(args: argparse.Namespace, models: Models) -> RunSettings:
+    """Collect what decoding needs to know; what is not given is the drafter's own."""
+    from recurrent_drafting import data
+    from recurrent_drafting.detokenizer import StopStrings
+    from recurrent_drafting.evaluation import RunSettings
+
+    own = RecurrentDraftingConfig if models.drafter is None else models.drafter.config
+    nodes = cli.fixed_number(args.max_tree_nodes)
+    return RunSettings(
+        base_model=models.base_model,
+        speculator_path=models.speculator_path,
+        max_new_tokens=args.max_generation_length,
+        max_prompt_length=args.max_prompt_length,
+        batch_size=args.batch_size,
+        turns=args.turns,
+        sampling=sampling_config(args, data.bad_words_ids(models.tokenizer, args.bad_words)),
+        beam=BeamConfig(
+            width=args.beam_width or own.beam_width,
+            length=args.beam_length or own.beam_length,
+            max_nodes=nodes,
+            lookup_length=own.lookup_length if args.lookup_length is None else args.lookup_length,
+        ),
+        auto_tree=nodes is None,
+        stop=StopStrings(models.tokenizer, args.stop) if args.stop else None,
+    )
+
+
+def reply(models: Models, decoder: SpeculativeDecoder | None, settings: RunSettings, prompt: str) -> None:
+    """Write the reply to one prompt on standard output, its figures on stderr."""
+    from recurrent_drafting import AutoregressiveDecoder, data, reply_stream
+
+    def show(piece: reply_stream.Piece) -> None:
+        sys.stdout.write(piece.text)
+        sys.stdout.flush()
+
+    ids = data.render(models.tokenizer, [{"role": "user", "content": prompt}], ask=True)
+    streamer = reply_stream.ReplyStreamer(reply_stream.TextStream(models.tokenizer, settings.stop), show)
+    output = reply_stream.write(decoder or AutoregressiveDecoder(models.verifier), ids, settings.reply, streamer)
+    sys.stdout.write("\n")
+    cli.note(f"[{reply_stream.format_stats(streamer.stats())}, finished by {output.finish_reasons[0]}]")
+
+
+def talk(models: Models, decoder: SpeculativeDecoder | None, settings: RunSettings) -> None:
+    """Chat on the terminal."""
+    from recurrent_drafting import AutoregressiveDecoder, chat
+
+    baseline, terminal = AutoregressiveDecoder(models.verifier), chat.Terminal.standard()
+    chat.Chat(baseline, decoder, models.tokenizer, settings.reply, terminal).run()
 
 
 def evaluate(
     args: argparse.Namespace,
-    verifier: Verifier,
+    models: Models,
     decoder: SpeculativeDecoder | None,
-    tokenizer: Any,
     settings: RunSettings,
     questions: Sequence[Question],
 ) -> None:
     """Run questions, print the summary, and deliver the results."""
-    from recurrent_drafting import evaluation, evaluation_log
+    from recurrent_drafting import delivery, evaluation, evaluation_log
 
-    progress = None if args.output_file is None else evaluation_log.path_for(Path(args.output_file))
-    if progress is not None and evaluation_log.holds_batches(progress):
-        _say(f"going on from {progress}")
-    try:
-        if decoder is None:
-            record = evaluation.run_baseline(verifier, tokenizer, questions, settings, progress)
-        elif args.compare or args.verify_lossless:
-            record = evaluation.compare(verifier, decoder, tokenizer, questions, settings, progress)
-        else:
-            record = evaluation.run_speculative(decoder, tokenizer, questions, settings, progress)
-    except KeyboardInterrupt:
-        if progress is not None and evaluation_log.holds_batches(progress):
-            _say(f"finished prompts are kept in {progress}: run the same command again to go on")
-        raise
+    wanted = cli.settings_of(delivery.DeliverySettings, args)
+    baseline = decoder is None or args.compare or args.verify_lossless
+    run = evaluation.Evaluation(models.verifier, decoder, models.tokenizer, settings, baseline=baseline)
+    with evaluation_log.announced(wanted.progress, cli.note):
+        record = run.run(questions, wanted.progress)
     print(evaluation.format_summary(record["summary"]))
-    deliver(args, record)
+    delivery.deliver(record, wanted, print)
 
 
-def sweep(
-    args: argparse.Namespace,
-    verifier: Verifier,
-    drafter: Drafter,
-    tokenizer: Any,
-    settings: RunSettings,
-    questions: Sequence[Question],
-) -> None:
-    """Try the grid, print the table, deliver the results, and save the best shape if that is wanted.
+def sweep(args: argparse.Namespace, models: Models, settings: RunSettings, questions: Sequence[Question]) -> None:
+    """Try the grid, print the table, deliver the results, and save the best shape if that is wanted."""
+    from recurrent_drafting import delivery
+    from recurrent_drafting.sweep import Sweep, SweepSettings, drafter_directory, format_table, save_recommended
 
-    Raises:
-        UsageError: the drafter to save to is no local directory.
-    """
-    from recurrent_drafting.sweep import Sweep, format_table, save_recommended
-
-    path = cli.user_path(args.speculator_path)
-    if args.save_recommended and not path.is_dir():
-        raise UsageError(f"--save_recommended writes into the drafter: expected a local directory, got {path}")
-    mismatch = args.allow_base_mismatch
-    run = Sweep(verifier, drafter, tokenizer, settings, sweep_grid(args), allow_base_mismatch=mismatch)
+    assert models.drafter is not None and models.speculator_path is not None  # --sweep excludes --autoregressive
+    directory = drafter_directory(models.speculator_path) if args.save_recommended else None
+    grid, mismatch = cli.settings_of(SweepSettings, args).grid(), args.allow_base_mismatch
+    run = Sweep(models.verifier, models.drafter, models.tokenizer, settings, grid, allow_base_mismatch=mismatch)
     record = run.run(questions)
     print(format_table(record))
-    deliver(args, record)
-    if args.save_recommended:
-        save_recommended(record, path)
-        print(f"saved as the defaults of {path}: beam width and length (tree nodes depend on the machine)")
-
-
-def deliver(args: argparse.Namespace, record: dict[str, Any]) -> None:
-    """Write results and report, tell the tracker, and insist on equal texts."""
-    from recurrent_drafting import answers, evaluation_log, evaluation_tracking, report, result_files
-    from recurrent_drafting.lossless import LosslessReport
-
-    if args.output_file is not None:
-        result_files.write_json(record, Path(args.output_file))
-        evaluation_log.path_for(Path(args.output_file)).unlink(missing_ok=True)
-        print(f"results: {args.output_file}")
-    if args.answer_file is not None:
-        print(f"answers: {', '.join(map(str, answers.write(record, Path(args.answer_file))))}")
-    if args.report is not None:
-        report.write([report.Result.of(Path(args.report).stem, record)], Path(args.report))
-        print(f"report: {args.report}")
-    if args.use_wandb:
-        evaluation_tracking.log(record, args.wandb_project)
-    if "lossless" in record:
-        audit = LosslessReport(**record["lossless"])
-        if args.verify_lossless:
-            print(audit.listing())
-        audit.require_lossless()
+    delivery.deliver(record, cli.settings_of(delivery.DeliverySettings, args), print)
+    if directory is not None:
+        save_recommended(record, directory)
+        print(f"saved as the defaults of {directory}: beam width and length (tree nodes depend on the machine)")
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -585,37 +359,34 @@ def execute(args: argparse.Namespace) -> int:
     import torch
     from transformers.utils import logging
 
-    from recurrent_drafting import AutoregressiveDecoder, data, evaluation
-    from recurrent_drafting.verifier import resolve_device, resolve_dtype
+    from recurrent_drafting import base_and_drafter, evaluation
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    resolve_dtype(args.dtype, resolve_device(args.device))
+    wanted = cli.settings_of(base_and_drafter.ModelSettings, args)
+    wanted.require_device()
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
     questions = load_questions(args)
-    verifier, drafter = load_models(args)
-    tokenizer = data.load_tokenizer(args.base_model, args.revision, trust_remote_code=args.trust_remote_code)
-    if drafter is not None:
-        data.check_tokenizer(tokenizer, drafter.config.tokenizer_fingerprint, args.base_model)
-    settings = run_settings(args, tokenizer, drafter.config if drafter else None)
-    if args.sweep and drafter is not None and questions is not None:
-        sweep(args, verifier, drafter, tokenizer, settings, questions)
+    models = base_and_drafter.load(wanted, cli.note)
+    settings = run_settings(args, models)
+    if args.sweep and questions is not None:
+        sweep(args, models, settings, questions)
         return 0
     decoder = None
-    if drafter is not None:
+    if models.drafter is not None:
         decoder = evaluation.speculative_decoder(
-            verifier,
-            drafter,
+            models.verifier,
+            models.drafter,
             settings,
             allow_base_mismatch=args.allow_base_mismatch,
-            repeats=TIMINGS if prompt is None else TIMINGS_ONE_SHOT,
+            repeats=evaluation.TIMINGS if prompt is None else evaluation.TIMINGS_ONE_REPLY,
         )
     if prompt is not None:
-        reply(decoder or AutoregressiveDecoder(verifier), tokenizer, settings, prompt)
+        reply(models, decoder, settings, prompt)
     elif questions is not None:
-        evaluate(args, verifier, decoder, tokenizer, settings, questions)
+        evaluate(args, models, decoder, settings, questions)
     else:
-        talk(verifier, decoder, tokenizer, settings)
+        talk(models, decoder, settings)
     return 0
 
 

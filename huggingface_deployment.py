@@ -58,10 +58,10 @@ def execute(args: argparse.Namespace) -> int:
     base = replace(base, licence=args.license or base.licence)
     card = hub.model_card(args.repo_name, config, evaluations, base)
     if hub.own_card(directory) is not None:
-        _say(f"{directory / hub.CARD} is your own: it is used as it is")
+        cli.note(f"{directory / hub.CARD} is your own: it is used as it is")
         card = hub.own_card(directory) or card
     elif missing := [flag for flag, value in (("--base_model", base.name), ("--license", base.licence)) if not value]:
-        _say(f"the card does not state what {' and '.join(missing)} would")
+        cli.note(f"the card does not state what {' and '.join(missing)} would")
     files = hub.files_to_upload(directory, args.repo_name, card, evaluations)
     if args.dry_run:
         show(card, files)
@@ -99,10 +99,6 @@ def show(card: str, files: dict[str, bytes | Path]) -> None:
         size = len(item) if isinstance(item, bytes) else item.stat().st_size
         print(f"{size:>12,} bytes  {name}")
     print("dry run: nothing was written or sent")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,15 +9,14 @@ Examples:
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from recurrent_drafting import cli
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from recurrent_drafting.token_rows import TokenDataset
     from recurrent_drafting.trainer import DrafterTrainer, TrainingArguments
 
-T = TypeVar("T")
 # New tokens per prompt of the short decode that ends every training run.
 SERVE_CHECK_TOKENS = 32
 
@@ -171,8 +169,8 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Tra
     args.output_dir = args.output_dir or str(output_directory.usual(args.llm_name_or_path, unused=args.quick))
     if args.warmup_ratio is not None:
         args.warmup_steps = args.warmup_ratio
-    training = settings_of(TrainingArguments, args)
-    settings_of(DataSettings, args).refuse_kl(training)
+    training = cli.settings_of(TrainingArguments, args)
+    cli.settings_of(DataSettings, args).refuse_kl(training)
     return args, training
 
 
@@ -193,18 +191,11 @@ def check_arguments(args: argparse.Namespace, given: set[str]) -> None:
     from recurrent_drafting.starting_drafter import DECODING, DrafterSettings
     from recurrent_drafting.training_data import DataSettings
 
-    settings_of(DataSettings, args).require_depths(args.drafter_predict_n_tokens)
+    cli.settings_of(DataSettings, args).require_depths(args.drafter_predict_n_tokens)
     cli.require_least(args, {"serve_check_prompts": 0})
-    settings_of(DrafterSettings, args).refuse_shape(given)
+    cli.settings_of(DrafterSettings, args).refuse_shape(given)
     if args.drafter_name_or_path:
         vars(args).update(dict.fromkeys(set(DECODING) - given))
-
-
-def settings_of(kind: Callable[..., T], args: argparse.Namespace) -> T:
-    """Build a settings object from the flags that have the names of its fields."""
-    # TrainingArguments has a field "debug" that is no flag: --debug is ours.
-    names = inspect.signature(kind).parameters.keys() - {"debug"}
-    return kind(**{name: value for name, value in vars(args).items() if name in names})
 
 
 def _bf16_pays(argv: Sequence[str]) -> bool:
@@ -227,11 +218,11 @@ def dry_run(args: argparse.Namespace, training: TrainingArguments) -> int:
     given = {name: value for name, value in vars(args).items() if name not in usual or value != usual[name]}
     print(json.dumps({name: value for name, value in given.items() if value is not None}, indent=2, default=str))
     verifier, tokenizer = load_base(args, training)
-    settings = settings_of(DataSettings, args)
+    settings = cli.settings_of(DataSettings, args)
     expected = TrainingData(settings, verifier, tokenizer, print).expect()
     rows = TokenDataset(expected.rows)
     # What the sample's replies would make of the draft vocabulary says nothing.
-    new = settings_of(starting_drafter.DrafterSettings, args)
+    new = cli.settings_of(starting_drafter.DrafterSettings, args)
     drafter = starting_drafter.prepare(new, verifier, tokenizer, rows, say=lambda _: None)
     with aside(training, "dry-run-"):
         trainer = make_trainer(training, verifier, drafter, (rows, rows))
@@ -296,11 +287,11 @@ def execute(args: argparse.Namespace, training: TrainingArguments, started: floa
     from recurrent_drafting.training_data import DataSettings, TrainingData
 
     verifier, tokenizer = load_base(args, training)
-    source = TrainingData(settings_of(DataSettings, args), verifier, tokenizer, print)
+    source = TrainingData(cli.settings_of(DataSettings, args), verifier, tokenizer, print)
     rows, held_out = distributed.from_first_rank(
         training, lambda: source.load(Path(args.output_dir), args.per_device_train_batch_size)
     )
-    settings = settings_of(starting_drafter.DrafterSettings, args)
+    settings = cli.settings_of(starting_drafter.DrafterSettings, args)
     drafter = starting_drafter.prepare(settings, verifier, tokenizer, rows, say=print)
     print(f"drafter: {drafter.num_parameters() / 1e6:.2f} M parameters")
     if args.phase == "eval":

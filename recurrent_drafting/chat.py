@@ -1,22 +1,20 @@
-"""Text in, text out: streaming without broken characters, and the interactive chat."""
+"""The interactive chat: its terminal, its commands, and the conversation."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import sys
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TextIO
 
-from torch import Tensor
-
-from recurrent_drafting import cli, data, sources
-from recurrent_drafting.config import SamplingConfig
+from recurrent_drafting import cli, data, reply_stream, sources
 from recurrent_drafting.decoding import AutoregressiveDecoder, SpeculativeDecoder
-from recurrent_drafting.detokenizer import Detokenizer, StopStrings
 from recurrent_drafting.errors import DataError, RecurrentDraftingError, UsageError
 from recurrent_drafting.metrics import DecodingStats
+from recurrent_drafting.reply_stream import Piece, ReplySettings, ReplyStreamer, TextStream, format_stats
 
 _GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
 _FENCE = '"""'
@@ -34,132 +32,6 @@ Ctrl-C stops a reply and keeps what was said. A line that ends with \\ goes on i
 lines between two lines of \"\"\" are one message."""
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Text that is ready to be shown, and whether its last token was drafted."""
-
-    text: str
-    drafted: bool
-
-
-class TextStream:
-    """Turn tokens into text that never has to be taken back.
-
-    Held back are bytes that do not form a character yet, and text that may be the beginning of a
-    stop string.
-
-    Args:
-        tokenizer: of the base.
-        stop: strings that end the reply, or None.
-    """
-
-    def __init__(self, tokenizer: Any, stop: StopStrings | None = None) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
-        self._stop = stop
-        self._held: list[Piece] = []
-        self._stopped = False
-
-    def push(self, token: int, drafted: bool) -> list[Piece]:
-        """Take one token; return what can be shown now."""
-        text = self._detokenizer.push(token)
-        if not text:
-            return []
-        self._held.append(Piece(text, drafted))
-        return self._release(final=False)
-
-    def finish(self) -> list[Piece]:
-        """Return what is left; bytes that never became a character are dropped."""
-        if text := self._detokenizer.finish():
-            self._held.append(Piece(text, drafted=False))
-        return self._release(final=True)
-
-    def _release(self, *, final: bool) -> list[Piece]:
-        text = "".join(piece.text for piece in self._held)
-        safe = len(text)
-        if self._stop is not None:
-            safe = len(self._stop.cut(text))
-            ended = safe < len(text)
-            if not ended and not final:
-                safe -= _longest_prefix_at_end(text, self._stop.strings)
-        else:
-            ended = False
-        pieces = [] if self._stopped else self._take(safe)
-        self._stopped = self._stopped or ended
-        return pieces
-
-    def _take(self, count: int) -> list[Piece]:
-        """Move the first ``count`` characters out of what is held."""
-        taken = []
-        while count and self._held:
-            piece = self._held.pop(0)
-            if len(piece.text) > count:
-                self._held.insert(0, replace(piece, text=piece.text[count:]))
-                piece = replace(piece, text=piece.text[:count])
-            taken.append(piece)
-            count -= len(piece.text)
-        return taken
-
-
-def _longest_prefix_at_end(text: str, strings: Sequence[str]) -> int:
-    """Return how many last characters of a text may begin one of the strings."""
-    return max(
-        (size for item in strings for size in range(1, min(len(item), len(text) + 1)) if text.endswith(item[:size])),
-        default=0,
-    )
-
-
-class ReplyStreamer:
-    """Show a reply while it is decoded and count what it took.
-
-    Args:
-        stream: turns tokens into text.
-        show: gets each piece of text.
-    """
-
-    def __init__(self, stream: TextStream, show: Callable[[Piece], None]) -> None:
-        self.text = ""
-        self._stream = stream
-        self._show = show
-        self._started = time.perf_counter()
-        self._prompt_seen = False
-        self._stats = DecodingStats(rows=1)
-
-    def put(self, value: Tensor) -> None:
-        """Take the prompt, then the prefill's token, then the tokens of each verifier step, int64 ``[n]``."""
-        if not self._prompt_seen:
-            self._prompt_seen = True
-            return
-        tokens = value.tolist()
-        if self._stats.tokens:
-            self._stats.count_step(len(tokens) - 1)
-        else:
-            self._stats.prefill_tokens = len(tokens)
-        self._stats.tokens += len(tokens)
-        for index, token in enumerate(tokens):
-            # The last token of a step is the verifier's own.
-            self._emit(self._stream.push(token, drafted=index + 1 < len(tokens)))
-
-    def end(self) -> None:
-        """Show what was held back; also called after an interruption."""
-        self._emit(self._stream.finish())
-
-    def stats(self) -> DecodingStats:
-        """Return the counters of what was shown so far."""
-        self._stats.close(time.perf_counter() - self._started)
-        return self._stats
-
-    def _emit(self, pieces: Sequence[Piece]) -> None:
-        for piece in pieces:
-            self.text += piece.text
-            self._show(piece)
-
-
-def format_stats(stats: DecodingStats) -> str:
-    """Return tokens, seconds, speed and tau in one line."""
-    tau = f", tau {stats.tau:.2f}" if stats.row_steps else ""
-    return f"{stats.tokens} tokens, {stats.seconds:.2f} s, {stats.tokens_per_second:.1f} tok/s{tau}"
-
-
 class Terminal:
     """Where a chat reads and writes.
 
@@ -175,6 +47,16 @@ class Terminal:
         dumb = os.environ.get("TERM") == "dumb"
         self.colour = sink.isatty() and not os.environ.get("NO_COLOR") and not dumb
         self._input = _line_editor() if self._asks and source.fileno() == 0 else None
+
+    @classmethod
+    def standard(cls) -> Terminal:
+        """Return this process's standard input and output."""
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            # A byte that is no text would end the stream, and with it the lines behind it; so the chat gets it and
+            # refuses its message alone. A pipe is UTF-8 in every locale, as one that brings a prompt is.
+            encoding = None if sys.stdin.isatty() else "utf-8"
+            sys.stdin.reconfigure(encoding=encoding, errors="surrogateescape")
+        return cls(sys.stdin, sys.stdout)
 
     def write(self, text: str) -> None:
         """Write and flush."""
@@ -231,21 +113,6 @@ def _line_editor() -> Callable[[str], str]:
     return input
 
 
-@dataclass(frozen=True)
-class ChatSettings:
-    """What replies are made with.
-
-    Args:
-        max_new_tokens: per reply.
-        sampling: the pipeline's settings.
-        stop: strings that end a reply, or None.
-    """
-
-    max_new_tokens: int
-    sampling: SamplingConfig
-    stop: StopStrings | None = None
-
-
 class Chat:
     """A conversation with the base, drafted or not.
 
@@ -262,13 +129,13 @@ class Chat:
         baseline: AutoregressiveDecoder,
         speculative: SpeculativeDecoder | None,
         tokenizer: Any,
-        settings: ChatSettings,
+        settings: ReplySettings,
         terminal: Terminal,
     ) -> None:
         self.messages: list[dict[str, str]] = []
         self._baseline = baseline
         self._speculative = speculative
-        self._decoder = speculative or baseline
+        self._decoder: AutoregressiveDecoder | SpeculativeDecoder = speculative or baseline
         self._tokenizer = tokenizer
         self._settings = settings
         self._terminal = terminal
@@ -305,7 +172,7 @@ class Chat:
                     "the message holds bytes that are no text: expected UTF-8; the conversation is unchanged, convert "
                     "the message and send it again"
                 )
-            if name in self._commands and "\n" not in name:
+            if name in self._commands:
                 self._commands[name](argument.strip())
             elif name.startswith("/") and name[1:].isalpha():
                 raise UsageError(f"unknown command {name}: expected one of {', '.join(self._commands)}")
@@ -322,14 +189,7 @@ class Chat:
         note = ""
         try:
             history, prompt = self._fit(history)
-            self._decoder.generate(
-                [prompt],
-                max_new_tokens=self._settings.max_new_tokens,
-                sampling=self._settings.sampling,
-                stop=self._settings.stop,
-                request_ids=[self._session.rows],
-                streamer=streamer,
-            )
+            reply_stream.write(self._decoder, prompt, self._settings, streamer, request_id=self._session.rows)
         except KeyboardInterrupt:
             streamer.end()
             note = " (stopped)"

@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import inspect
 import itertools
 import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from recurrent_drafting import memory
 from recurrent_drafting.errors import DISK_FULL, RecurrentDraftingError, ResourceError, UsageError
 
+T = TypeVar("T")
+AUTO = "auto"
 _INTERRUPTED = 130
 _PLACES = "name a writable place in HOME, HF_HOME, TMPDIR or RECURRENT_DRAFTING_CACHE"
 
@@ -68,6 +71,21 @@ def user_path(text: str) -> Path:
         raise UsageError(f"{text} begins with a home that is not on this machine: write the path in full") from error
 
 
+def auto_or_int(text: str) -> int | str:
+    """Read the value of a flag that takes a number or ``AUTO``."""
+    if text == AUTO:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected {AUTO} or a number, got {text!r}") from None
+
+
+def fixed_number(given: int | str | None) -> int | None:
+    """Return the number that such a flag fixes, None for ``AUTO`` and where it is not given."""
+    return given if isinstance(given, int) else None
+
+
 def require_least(values: object, least: Mapping[str, int]) -> None:
     """Refuse values of flags below the least ones that work.
 
@@ -82,6 +100,27 @@ def require_least(values: object, least: Mapping[str, int]) -> None:
         value = getattr(values, name)
         if value is not None and value < minimum:
             raise UsageError(f"--{name} must be >= {minimum}, got {value}")
+
+
+def settings_of(kind: Callable[..., T], args: argparse.Namespace) -> T:
+    """Build a settings object from the flags that have the names of its fields.
+
+    Args:
+        kind: its class.
+        args: what the command line says.
+
+    Raises:
+        UsageError: a value is out of range.
+    """
+    # TrainingArguments has a field "debug" that is no flag: --debug is ours.
+    names = inspect.signature(kind).parameters.keys() - {"debug"}
+    return kind(**{name: value for name, value in vars(args).items() if name in names})
+
+
+def note(text: str) -> None:
+    """Write a line beside the output, on standard error."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
 
 
 def run(body: Callable[[], int], debug: bool) -> int:

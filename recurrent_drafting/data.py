@@ -176,6 +176,13 @@ class _BareException:
             raise ValueError(f"tokenizer.json is not a tokenizer: {error}") from error
 
 
+def bad_words_ids(tokenizer: Any, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Return the tokens of words that are never to be written, at the start of a text and after a space."""
+    texts = (text for word in words for text in (word, f" {word}"))
+    found = (tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+    return tuple(dict.fromkeys(ids for ids in found if ids))
+
+
 def check_tokenizer(tokenizer: Any, trained_with: str | None, base: str) -> None:
     """Compare a base's vocabulary with the one that a drafter was trained with.
 

@@ -31,11 +31,14 @@ from recurrent_drafting.latency_cache import latency_table
 from recurrent_drafting.lossless import LosslessReport
 from recurrent_drafting.metrics import DecodingStats
 from recurrent_drafting.prompt_files import Question, encode_prompt
+from recurrent_drafting.reply_stream import ReplySettings
 from recurrent_drafting.result_files import machine
 from recurrent_drafting.tree_budget import LatencyCurve, LatencyTable
 from recurrent_drafting.verifier import Verifier
 
 _WARM_UP_TOKENS = 8
+# Timed forwards per tree size: a single reply must not wait for a careful measurement.
+TIMINGS, TIMINGS_ONE_REPLY = 5, 1
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,11 @@ class RunSettings:
     beam: BeamConfig | None = None
     auto_tree: bool = True
     stop: StopStrings | None = None
+
+    @property
+    def reply(self) -> ReplySettings:
+        """Return what its replies are made with."""
+        return ReplySettings(self.max_new_tokens, self.sampling, self.stop)
 
 
 @dataclass
@@ -123,7 +131,7 @@ def speculative_decoder(
     settings: RunSettings,
     *,
     allow_base_mismatch: bool = False,
-    repeats: int = 5,
+    repeats: int = TIMINGS,
 ) -> SpeculativeDecoder:
     """Build the decoder that the settings describe, with its latency curves if they say so.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,6 +34,24 @@ def holds_batches(path: Path) -> bool:
     except OSError:  # ``opened`` says why
         return False
     return any(line.startswith(_BATCH) for line in whole)
+
+
+@contextmanager
+def announced(path: Path | None, say: Callable[[str], None]) -> Iterator[None]:
+    """Say what a run goes on from, and how to go on with one that is interrupted.
+
+    Args:
+        path: of its log, None for a run without one.
+        say: told in a line.
+    """
+    if path is not None and holds_batches(path):
+        say(f"going on from {path}")
+    try:
+        yield
+    except KeyboardInterrupt:
+        if path is not None and holds_batches(path):
+            say(f"finished prompts are kept in {path}: run the same command again to go on")
+        raise
 
 
 class EvaluationLog:

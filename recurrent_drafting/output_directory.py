@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from recurrent_drafting import manifest, run_guard
+from recurrent_drafting import local_drafters, manifest, run_guard
 from recurrent_drafting.errors import UsageError
 from recurrent_drafting.self_data import SELF_DATA
 
@@ -24,7 +24,7 @@ def usual(base: str, *, unused: bool = False) -> Path:
         unused: where that exists already, add the first number that is free.
     """
     name = re.sub(r"[^\w.-]+", "-", Path(base).name)
-    stem = Path("models") / f"{name}-recurrent-drafter"
+    stem = local_drafters.TRAINED / f"{name}{local_drafters.TRAINED_NAME}"
     path, number = stem, 1
     while unused and path.exists():
         number += 1

@@ -35,6 +35,7 @@ def load_questions(
     source: str,
     max_num_prompts: int | None = None,
     *,
+    usual: int | None = None,
     spread: bool = False,
     skip_bad_rows: bool = False,
 ) -> tuple[list[Question], str]:
@@ -42,7 +43,8 @@ def load_questions(
 
     Args:
         source: a packaged name or a path.
-        max_num_prompts: questions to use; None uses all.
+        max_num_prompts: questions to use; None uses the usual number.
+        usual: at most so many; None uses all.
         spread: take them evenly over the file instead of from its start.
         skip_bad_rows: leave malformed rows out.
 
@@ -67,7 +69,8 @@ def load_questions(
     if not questions:
         raise DataError(f"{path} holds no question: expected lines with question_id, category and turns")
     notes = [f"{skipped} bad rows skipped"] if skipped else []
-    wanted = len(questions) if max_num_prompts is None else max_num_prompts
+    most = len(questions) if usual is None else min(usual, len(questions))
+    wanted = most if max_num_prompts is None else max_num_prompts
     if wanted > len(questions):
         notes.append(f"{source} has {len(questions)} prompts, {wanted} were asked for: all are used")
     count = min(wanted, len(questions))

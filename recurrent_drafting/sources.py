@@ -256,7 +256,12 @@ def _text(row: dict[str, Any], key: str, where: str) -> str:
 
 def is_unicode(text: str) -> bool:
     """Tell whether a text can be encoded: it has no half of a surrogate pair."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    return first_surrogate(text) is None
+
+
+def first_surrogate(text: str) -> int | None:
+    """Return the index of the first half of a surrogate pair, None where a text has none."""
+    return next((index for index, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
 
 
 def read_conversations(path: Path, *, skip_bad_rows: bool = False) -> tuple[list[Conversation], ReadReport]:

@@ -11,10 +11,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from recurrent_drafting import assets, checkpoint, evaluation, lossless, manifest, prompt_files, result_files
+from recurrent_drafting import assets, checkpoint, cli, evaluation, lossless, manifest, prompt_files, result_files
 from recurrent_drafting.config import BeamConfig, SamplingConfig, SweepGrid
 from recurrent_drafting.decoding import AutoregressiveDecoder, GenerationOutput, SpeculativeDecoder
 from recurrent_drafting.drafter import Drafter
+from recurrent_drafting.errors import UsageError
 from recurrent_drafting.evaluation import RunSettings
 from recurrent_drafting.lossless import LosslessReport
 from recurrent_drafting.metrics import DecodingStats
@@ -24,6 +25,59 @@ from recurrent_drafting.verifier import Verifier
 _WARM_UP_TOKENS = 8
 # Timed forwards per tree size; each beam shape has a curve of its own.
 _TIMINGS = 3
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """What a sweep tries; each field has the name of its flag.
+
+    An axis has the values of its own flag, else the one that the flag of a single run names, else the usual ones.
+
+    Args:
+        sweep_widths: beam widths.
+        sweep_lengths: beam lengths.
+        sweep_nodes: tree nodes, or "auto" for the measured latency curve.
+        sweep_temperatures: of the sampling.
+        beam_width: fixes the widths.
+        beam_length: fixes the lengths.
+        max_tree_nodes: fixes the nodes, to "auto" too.
+        temperature: fixes the temperatures.
+        greedy_search: fixes them to 0.
+    """
+
+    sweep_widths: Sequence[int] | None = None
+    sweep_lengths: Sequence[int] | None = None
+    sweep_nodes: Sequence[int | str] | None = None
+    sweep_temperatures: Sequence[float] | None = None
+    beam_width: int | None = None
+    beam_length: int | None = None
+    max_tree_nodes: int | str | None = None
+    temperature: float | None = None
+    greedy_search: bool = False
+
+    def grid(self) -> SweepGrid:
+        """Return the values of every axis.
+
+        Raises:
+            UsageError: a value is out of range, or an axis is given twice.
+        """
+        temperature = 0.0 if self.greedy_search else self.temperature
+        axes = {
+            "widths": (f"--beam_width {self.beam_width}", self.beam_width),
+            "lengths": (f"--beam_length {self.beam_length}", self.beam_length),
+            "nodes": (f"--max_tree_nodes {self.max_tree_nodes}", self.max_tree_nodes),
+            "temperatures": ("--greedy_search" if self.greedy_search else f"--temperature {temperature}", temperature),
+        }
+        chosen: dict[str, Any] = {}
+        for axis, (flag, value) in axes.items():
+            given = getattr(self, f"sweep_{axis}")
+            if given and value is not None:
+                raise UsageError(f"--sweep_{axis} excludes {flag}: give one")
+            if given or value is not None:
+                chosen[axis] = tuple(given or [value])
+        if "nodes" in chosen:
+            chosen["nodes"] = tuple(map(cli.fixed_number, chosen["nodes"]))
+        return SweepGrid(**chosen)
 
 
 @dataclass(frozen=True)
@@ -261,6 +315,21 @@ def format_table(record: dict[str, Any]) -> str:
         f"{best['max_nodes'] or 'auto'} ({best['speedup']:.2f} times the baseline over all temperatures)"
     )
     return "\n".join(lines)
+
+
+def drafter_directory(name: str) -> Path:
+    """Return the directory of a drafter whose defaults are to be changed.
+
+    Args:
+        name: the drafter, as the user named it.
+
+    Raises:
+        UsageError: it is no local directory.
+    """
+    path = cli.user_path(name)
+    if not path.is_dir():
+        raise UsageError(f"--save_recommended writes into the drafter: expected a local directory, got {path}")
+    return path
 
 
 def save_recommended(record: dict[str, Any], directory: Path) -> None:

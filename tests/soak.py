@@ -19,8 +19,9 @@ import torch
 from transformers.utils import logging
 
 from recurrent_drafting import AutoregressiveDecoder, BeamConfig, SamplingConfig, SpeculativeDecoder
-from recurrent_drafting.chat import Chat, ChatSettings, Terminal
+from recurrent_drafting.chat import Chat, Terminal
 from recurrent_drafting.checkpoint import load_drafter
+from recurrent_drafting.reply_stream import ReplySettings
 from tests.text_models import load_verifier, make_tokenizer, save_base, save_drafter
 
 MOST_GROWTH = 0.02
@@ -106,7 +107,7 @@ class Soak:
 
     def _chat(self, decoder: SpeculativeDecoder | None) -> tuple[Chat, io.StringIO]:
         sink = io.StringIO()
-        settings = ChatSettings(TOKENS_PER_TURN, SamplingConfig())
+        settings = ReplySettings(TOKENS_PER_TURN, SamplingConfig())
         return Chat(self.baseline, decoder, self.tokenizer, settings, Terminal(io.StringIO(), sink)), sink
 
 

@@ -135,6 +135,20 @@ def test_parse_errors_name_the_nearest_flag(argv: list[str], expected: str, caps
     assert line.startswith(f"error: {expected}") and line.endswith("(see tool.py --help)\n")
 
 
+@pytest.mark.parametrize(("text", "number"), [("auto", None), ("7", 7), ("-1", -1)])
+def test_a_number_or_auto(text: str, number: int | None) -> None:
+    assert cli.fixed_number(cli.auto_or_int(text)) == number
+    with pytest.raises(argparse.ArgumentTypeError, match="expected auto or a number, got 'some'"):
+        cli.auto_or_int("some")
+
+
+def test_settings_take_the_flags_that_have_the_names_of_their_fields() -> None:
+    def settings(rows: int, steps: int = 3, debug: str = "") -> tuple[int, int, str]:
+        return rows, steps, debug
+
+    assert cli.settings_of(settings, argparse.Namespace(rows=1, other=2, debug=True)) == (1, 3, "")
+
+
 def test_a_value_below_its_least_is_named() -> None:
     values = argparse.Namespace(rows=1, steps=None)
     cli.require_least(values, {"rows": 1, "steps": 5})

@@ -46,6 +46,10 @@ def test_more_prompts_than_there_are_gives_all_and_says_so(tmp_path: Path) -> No
     assert len(found) == 4 and "has 4 prompts, 9 were asked for" in note
     found, note = prompt_files.load_questions(path, 2, spread=True)
     assert [question.question_id for question in found] == [80, 82] and note == ""
+    for usual, expected in ((2, [80, 82]), (9, [80, 81, 82, 83])):
+        found, note = prompt_files.load_questions(path, usual=usual, spread=True)
+        assert [question.question_id for question in found] == expected and note == ""
+    assert len(prompt_files.load_questions(path, 3, usual=2)[0]) == 3
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 import generate_speculator
 from generate_speculator import main
-from recurrent_drafting import SamplingConfig, lossless
+from recurrent_drafting import SamplingConfig, local_drafters, lossless
 from recurrent_drafting.lossless import LosslessReport
 from tests.text_models import save_base, save_drafter, save_questions
 
@@ -38,7 +38,7 @@ def empty_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run in an empty directory, without released drafters, with nothing on standard input."""
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
-    monkeypatch.setattr(generate_speculator, "RELEASED", tmp_path / "released")
+    monkeypatch.setattr(local_drafters, "RELEASED", tmp_path / "released")
     monkeypatch.setattr("sys.stdin", Pipe(b""))
 
 
@@ -90,7 +90,7 @@ def test_parse_errors(argv: list[str], expected: str, capsys: pytest.CaptureFixt
 
 def test_defaults_are_those_of_the_classes() -> None:
     args = generate_speculator.build_parser().parse_args([])
-    assert generate_speculator.sampling_config(args, ()) == SamplingConfig()
+    assert generate_speculator.sampling_config(args) == SamplingConfig()
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ class TestDrafterResolution:
         assert "drafter: models/base-recurrent-drafter-2" in capsys.readouterr().err
 
     def test_the_released_drafter_comes_last(self, models: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-        released = save_drafter(generate_speculator.RELEASED / "base-redrafter", Path("name"))
+        released = save_drafter(local_drafters.RELEASED / "base-redrafter", Path("name"))
         argv = ["--base_model", models[0], "--prompt", "a", "--max_generation_length", "2", *FAST]
         assert main(argv) == 0
         assert str(released) in capsys.readouterr().err

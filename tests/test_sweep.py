@@ -11,11 +11,11 @@ import pytest
 
 import generate_speculator
 from generate_speculator import main
-from recurrent_drafting import checkpoint, evaluation_tracking, lossless, manifest
+from recurrent_drafting import checkpoint, cli, evaluation_tracking, lossless, manifest
 from recurrent_drafting.checkpoint import load_drafter
 from recurrent_drafting.config import BeamConfig
 from recurrent_drafting.lossless import LosslessReport
-from recurrent_drafting.sweep import format_table, recommend
+from recurrent_drafting.sweep import SweepSettings, format_table, recommend
 from tests.html_pages import parse
 from tests.text_models import save_base, save_drafter, save_questions
 
@@ -151,8 +151,8 @@ def test_usage_errors(argv: list[str], expected: str, capsys: pytest.CaptureFixt
 def test_a_flag_of_one_value_fixes_its_axis(
     argv: list[str], nodes: tuple[int | None, ...], temperatures: tuple[float, ...]
 ) -> None:
-    parse_args = generate_speculator.build_parser().parse_args
-    grid = generate_speculator.sweep_grid(parse_args(["--sweep", *argv]))
+    args = generate_speculator.build_parser().parse_args(["--sweep", *argv])
+    grid = cli.settings_of(SweepSettings, args).grid()
     assert (grid.nodes, grid.temperatures, grid.widths) == (nodes, temperatures, (1, 4, 10))
 
 

@@ -10,7 +10,7 @@ import huggingface_hub.constants
 import pytest
 from transformers import AutoTokenizer
 
-import generate_speculator
+from recurrent_drafting import local_drafters
 from recurrent_drafting.data import tokenizer_fingerprint
 from tests.faults.common import TOKEN, Models, Pipe, save_chats
 from tests.hub_server import HubServer, standing_in
@@ -32,7 +32,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(generate_speculator, "RELEASED", tmp_path / "released")
+    monkeypatch.setattr(local_drafters, "RELEASED", tmp_path / "released")
     monkeypatch.setattr("sys.stdin", Pipe(b""))
     return folder
 
