@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -115,9 +115,8 @@ def write_training(history: Sequence[dict[str, Any]], steps: int, evaluations: d
 
 def render(results: Sequence[Result]) -> str:
     """Return the report of some results as HTML."""
-    evaluations = [result for result in results if result.kind == "evaluation"]
-    sweeps = [result for result in results if result.kind == "sweep"]
-    trainings = [result for result in results if result.kind == "training"]
+    kinds = ("evaluation", "sweep", "training")
+    evaluations, sweeps, trainings = ([result for result in results if result.kind == kind] for kind in kinds)
     title = _title(evaluations, sweeps, trainings)
     parts = [f"<h1>{escape(title)}</h1>", *(_alarm(result) for result in results)]
     parts += [_training(result, evaluations) for result in trainings]
@@ -140,7 +139,7 @@ def page(title: str, figures: Sequence[str]) -> str:
         title: its heading.
         figures: what ``figure`` returned.
     """
-    return _page(title, [f"<h1>{escape(title)}</h1>", f'<div class="plots">{"".join(figures)}</div>'])
+    return _page(title, [f"<h1>{escape(title)}</h1>", _plots(figures)])
 
 
 def _page(title: str, parts: Sequence[str]) -> str:
@@ -221,9 +220,9 @@ def _tiles(summary: dict[str, Any]) -> str:
         if summary.get("lookup_length"):
             nodes += f", up to {summary['lookup_length']} tokens copied where the text repeats"
         tiles.append(("tau", number(summary.get("tau"), ".3f"), nodes))
-    rate = number(summary.get("tokens_per_second"), ".1f")
     baseline = summary.get("baseline_tokens_per_second")
-    tiles.append(("tokens/s", rate, f"baseline {number(baseline, '.1f')}" if baseline is not None else ""))
+    against = "" if baseline is None else f"baseline {number(baseline, '.1f')}"
+    tiles.append(("tokens/s", number(summary.get("tokens_per_second"), ".1f"), against))
     if "identical" in summary:
         verdicts = f"{summary.get('near_ties')} rounding near-ties, {summary.get('structural')} structural"
         if summary.get("unaudited"):
@@ -232,8 +231,17 @@ def _tiles(summary: dict[str, Any]) -> str:
     cut = f", {summary['cut_prompts']} cut" if summary.get("cut_prompts") else ""
     seconds = f"{summary.get('tokens')} tokens, {number(summary.get('seconds'), '.1f')} s{cut}"
     tiles.append(("prompts", str(summary.get("prompts")), seconds))
-    cells = (f"<div><dt>{n}</dt><dd>{escape(v)}<small>{escape(s)}</small></dd></div>" for n, v, s in tiles)
+    return _tile_list(tiles)
+
+
+def _tile_list(tiles: Iterable[tuple[str, str, str]]) -> str:
+    """Return headline figures, each with its name before and a note behind it."""
+    cells = (f"<div><dt>{name}</dt><dd>{escape(value)}{_small(note)}</dd></div>" for name, value, note in tiles)
     return f'<dl class="tiles">{"".join(cells)}</dl>'
+
+
+def _small(note: str) -> str:
+    return f"<small>{escape(note)}</small>" if note else ""
 
 
 def _plots(figures: Iterable[str]) -> str:
@@ -242,12 +250,9 @@ def _plots(figures: Iterable[str]) -> str:
 
 def figure(title: str, drawing: str, note: str = "", names: Sequence[str] = ()) -> str:
     """Frame a drawing of ``plots`` with its title, a note and the key of its colours."""
-    small = f"<small>{escape(note)}</small>" if note else ""
-    return (
-        f"<figure><figcaption>{escape(title)}{small}</figcaption>{drawing}{plots.legend(names)}</figure>"
-        if drawing
-        else ""
-    )
+    if not drawing:
+        return ""
+    return f"<figure><figcaption>{escape(title)}{_small(note)}</figcaption>{drawing}{plots.legend(names)}</figure>"
 
 
 def _categories(results: Sequence[Result]) -> list[str]:
@@ -257,7 +262,9 @@ def _categories(results: Sequence[Result]) -> list[str]:
     )
 
 
-def _by_category(result: Result, value: Any, categories: Sequence[str]) -> list[list[float]]:
+def _by_category(
+    result: Result, value: Callable[[dict[str, Any]], float | None], categories: Sequence[str]
+) -> list[list[float]]:
     """Return the known values of the rows of each category."""
     found: dict[str, list[float]] = {name: [] for name in categories}
     for row in result.data.get("rows", []):
@@ -289,14 +296,19 @@ def _tau_by_category(results: Sequence[Result]) -> str:
     categories = _categories(results)
     series = []
     for result in results:
-        steps = _by_category(result, lambda row: sum(row.get("accepted") or []), categories)
-        tokens = _by_category(result, lambda row: (row.get("tau") or 0) * sum(row.get("accepted") or []), categories)
+        steps = _by_category(result, _steps, categories)
+        tokens = _by_category(result, lambda row: (row.get("tau") or 0) * _steps(row), categories)
         pairs = zip(tokens, steps, strict=True)
         series.append(Series(result.name, [sum(t) / sum(s) if sum(s) else None for t, s in pairs]))
     if not any(value is not None for item in series for value in item.values):
         return ""
     drawing = plots.bars([name or "all" for name in categories], series)
     return figure("tau by category", drawing, "tokens per verifier step", [result.name for result in results])
+
+
+def _steps(row: dict[str, Any]) -> int:
+    """Return the verifier steps of a row."""
+    return sum(accepted_lengths([row]))
 
 
 def _acceptance(results: Sequence[Result]) -> str:
@@ -458,19 +470,15 @@ def _all_prompts(rows: Sequence[dict[str, Any]]) -> str:
     return f"<details><summary>All {len(rows)} prompts</summary>{table}</details>"
 
 
-def _table(
-    head: Sequence[str], lines: Sequence[Sequence[str]], *, numeric: Iterable[int] = (), best: int | None = None
-) -> str:
-    """Return a table; columns that are numeric are set flush right, the best line in bold."""
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]], *, numeric: Iterable[int] = ()) -> str:
+    """Return a table; columns that are numeric are set flush right."""
     right = set(numeric)
 
     def line(tag: str, cells: Sequence[str]) -> str:
         marks = (' class="n"' if column in right else "" for column in range(len(cells)))
         return "".join(f"<{tag}{mark}>{escape(cell)}</{tag}>" for mark, cell in zip(marks, cells, strict=True))
 
-    body = (
-        f"<tr{' class=best' if index == best else ''}>{line('td', cells)}</tr>" for index, cells in enumerate(lines)
-    )
+    body = (f"<tr>{line('td', cells)}</tr>" for cells in lines)
     return f'<div class="scroll"><table><tr>{line("th", head)}</tr>{"".join(body)}</table></div>'
 
 
@@ -484,7 +492,7 @@ def _provenance(data: dict[str, Any]) -> str:
 
 
 def _pairs(values: dict[str, Any]) -> str:
-    cells = (f"<tr><td>{escape(name)}</td><td>{escape(_plain(value))}</td></tr>" for name, value in _flat(values))
+    cells = (f"<tr><td>{escape(name)}</td><td>{escape(_shown(value))}</td></tr>" for name, value in _flat(values))
     return f'<div class="scroll"><table class="pairs">{"".join(cells)}</table></div>'
 
 
@@ -496,11 +504,11 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]
             yield prefix + name, value
 
 
-def _plain(value: Any) -> str:
+def _shown(value: Any) -> str:
     if value is None or value in ([], ()):
         return DASH
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(_plain, value))
+        return ", ".join(map(_shown, value))
     return number(value, "g") if isinstance(value, float) else str(value)
 
 
@@ -535,7 +543,7 @@ def _run_cells(data: dict[str, Any]) -> dict[str, str]:
         "base": str(summary.get("base_model")),
         "drafter": str(summary.get("speculator_path") or DASH),
         "beam": f"{beam['width']} {TIMES} {beam['length']}" if beam else DASH,
-        "nodes": _nodes(beam) if beam else DASH,
+        "nodes": _nodes(beam.get("max_nodes")) if beam else DASH,
         "temperature": number(summary.get("temperature"), "g"),
         "dtype": str(summary.get("dtype")),
         "batch": str(summary.get("batch_size")),
@@ -579,12 +587,11 @@ def _training(result: Result, evaluations: Sequence[Result]) -> str:
     ]
     steps = result.data.get("global_step") or max((entry.get("step", 0) for entry in history), default=0)
     loss = held_out[-1].get("eval_loss") if held_out else None
-    tiles = [("steps", str(steps)), ("held-out loss", number(loss, ".3f")), ("simulated tau", number(simulated, ".3f"))]
-    tiles += [("served tau", number(item.data["summary"].get("tau"), ".3f")) for item in evaluations]
-    cells = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in tiles)
-    return (
-        f'<h2>Training</h2><dl class="tiles">{cells}</dl>{_plots(figures)}{"<h2>Evaluation</h2>" * bool(evaluations)}'
-    )
+    values = [("steps", str(steps)), ("held-out loss", number(loss, ".3f"))]
+    values += [("simulated tau", number(simulated, ".3f"))]
+    values += [("served tau", number(item.data["summary"].get("tau"), ".3f")) for item in evaluations]
+    tiles = _tile_list((name, value, "") for name, value in values)
+    return f"<h2>Training</h2>{tiles}{_plots(figures)}{'<h2>Evaluation</h2>' if evaluations else ''}"
 
 
 def _depths(history: Sequence[dict[str, Any]], prefix: str) -> dict[str, str]:
@@ -643,7 +650,7 @@ def _sweep(result: Result) -> str:
     )
     order = sorted(points, key=lambda point: (point["temperature"], -(point["speedup_median"] or 0.0)))
     lines = [_point_cells(point) for point in order]
-    shape = f"width {best['width']}, length {best['length']}, tree nodes {_nodes(best)}"
+    shape = f"width {best['width']}, length {best['length']}, tree nodes {_nodes(best.get('max_nodes'))}"
     advice = f"Recommended: {shape}; {number(best['speedup'])}{TIMES} the baseline over all temperatures."
     return "\n".join(
         [
@@ -658,8 +665,8 @@ def _sweep(result: Result) -> str:
     )
 
 
-def _nodes(point: dict[str, Any]) -> str:
-    return "auto" if point.get("max_nodes") is None else str(point["max_nodes"])
+def _nodes(max_nodes: int | None) -> str:
+    return cli.AUTO if max_nodes is None else str(max_nodes)
 
 
 def _heat_map(points: Sequence[dict[str, Any]], group: tuple[float, int | None], best: dict[str, Any]) -> str:
@@ -678,7 +685,7 @@ def _heat_map(points: Sequence[dict[str, Any]], group: tuple[float, int | None],
         note += "; framed: recommended"
     rows, columns = [f"width {width}" for width in widths], [f"length {length}" for length in lengths]
     scale = (min(known, default=0.0), max(known, default=1.0))
-    title = f"Temperature {temperature:g}, tree nodes {_nodes({'max_nodes': max_nodes})}"
+    title = f"Temperature {temperature:g}, tree nodes {_nodes(max_nodes)}"
     return figure(title, plots.heat_map(rows, columns, values, scale, framed), note)
 
 
@@ -686,7 +693,7 @@ def _point_cells(point: dict[str, Any]) -> tuple[str, ...]:
     return (
         str(point["width"]),
         str(point["length"]),
-        _nodes(point),
+        _nodes(point.get("max_nodes")),
         number(point["temperature"], "g"),
         number(point["speedup_median"]),
         f"{number(point['speedup_min'])} to {number(point['speedup_max'])}",

@@ -202,7 +202,7 @@ class Verifier:
         expected = self._probe_tree(*self._probe_tokens())
         self._fast_body, self._fast_head = twin.base_model, twin.get_output_embeddings()
         gap = _relative_gap(self._probe_tree(*self._probe_tokens()), expected)
-        if gap > _PROBE_TOLERANCE.get(self.dtype, 0.1):
+        if gap > self._tolerance:
             logger.warning(
                 "%s (%s) gives other logits with packed weights (gap %.2g): it decodes without them, slower",
                 self.name_or_path,
@@ -269,7 +269,7 @@ class Verifier:
         hidden, lengths = self.read(prompts, cache), cache.lengths
         last = torch.tensor(lengths, device=hidden.device) - 1
         hidden = hidden[torch.arange(len(lengths), device=hidden.device), last].unsqueeze(1)
-        return VerifierOutput(logits=self._finish(self._fast_head(hidden)), hidden=hidden)
+        return self._output(hidden)
 
     @torch.inference_mode()
     def read(self, texts: Sequence[Sequence[int]], cache: VerifierCache) -> Tensor:
@@ -308,7 +308,7 @@ class Verifier:
         """
         allowed, key_positions = self._branch_mask(cuts, depth, cache)
         hidden = self._forward(tokens, cuts + depth, allowed, key_positions, cache)
-        return VerifierOutput(logits=self._finish(self._fast_head(hidden)), hidden=hidden)
+        return self._output(hidden)
 
     @torch.inference_mode()
     def verify(self, tree: DraftTree, cache: VerifierCache) -> VerifierOutput:
@@ -325,7 +325,7 @@ class Verifier:
         positions = lengths.unsqueeze(1) + tree.depths
         allowed, key_positions = self._tree_mask(tree, lengths, positions, cache.max_length)
         hidden = self._forward(tree.tokens, positions, allowed, key_positions, cache)
-        return VerifierOutput(logits=self._finish(self._fast_head(hidden)), hidden=hidden)
+        return self._output(hidden)
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return what feeds the LM head at every position, without gradients.
@@ -361,6 +361,10 @@ class Verifier:
         )
         hidden: Tensor = output.last_hidden_state
         return hidden
+
+    def _output(self, hidden: Tensor) -> VerifierOutput:
+        """Put the logits beside hidden states ``[B, n, H]`` of a decoding forward."""
+        return VerifierOutput(logits=self._finish(self._fast_head(hidden)), hidden=hidden)
 
     def _tree_mask(self, tree: DraftTree, lengths: Tensor, positions: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
         """Let each node see its row's committed slots and its own ancestors.
@@ -450,11 +454,15 @@ class Verifier:
             if memory.is_shortage(error):
                 raise
             raise self._unsupported(f"{type(error).__name__}: {error}".splitlines()[0]) from error
-        tolerance = _PROBE_TOLERANCE.get(self.dtype, 0.1)
-        if head_gap > tolerance / 10:
+        if head_gap > self._tolerance / 10:
             raise self._unsupported(f"its LM head alone gives logits {head_gap:.2g} (relative) off its forward")
-        if tree_gap > tolerance:
+        if tree_gap > self._tolerance:
             raise self._unsupported(f"a tree of 3 nodes gives logits {tree_gap:.2g} (relative) off a plain forward")
+
+    @property
+    def _tolerance(self) -> float:
+        """Return the largest relative gap that rounding explains; a dtype that is not listed counts as coarse."""
+        return _PROBE_TOLERANCE.get(self.dtype, max(_PROBE_TOLERANCE.values()))
 
     def _probe_tokens(self) -> tuple[list[list[int]], list[int]]:
         """Return two prompts, and a root with two children."""
@@ -559,7 +567,7 @@ def resolve_device(name: str) -> torch.device:
         )
     if name == "auto":
         return torch.device(present[1] if len(present) > 1 else "cpu")
-    if (name != "cuda" and name not in present) or (name == "cuda" and "cuda:0" not in present):
+    if ("cuda:0" if name == "cuda" else name) not in present:
         raise UsageError(f"device {name!r} is not on this machine: expected one of auto, {', '.join(present)}")
     return torch.device(name)
 
