@@ -1,7 +1,7 @@
-"""The figures that README quotes are those of the raw files.
+"""The figures that README and docs quote are those of the raw files.
 
 In the tables of results a figure is followed by a comment that names its file in benchmarks/results and its place in
-there: ``1.92<!-- quick.json:summary.tau -->``; a name with a slash is a path in the repository. A ``*`` stands for
+there: ``1.92<!-- quick.json:summary.tau -->``; another name with a slash is a path in the repository. A ``*`` stands for
 every key of that level, and the values are added up.
 """
 
@@ -27,7 +27,7 @@ QUOTED = re.compile(
 def value_of(source: str, folder: Path) -> float:
     """Look a figure up."""
     name, _, place = source.partition(":")
-    path = ROOT / name if "/" in name else folder / name
+    path = folder / name if "/" not in name or (folder / name).exists() else ROOT / name
     return _at(json.loads(path.read_text(encoding="utf-8")), place.split("."))
 
 
@@ -78,6 +78,11 @@ def test_the_figures_are_those_of_the_files() -> None:
     for match in QUOTED.finditer(text):
         name = (match["source"] or match["clock"]).partition(":")[0]
         assert (f"({name})" if "/" in name else f"(benchmarks/results/{name})") in text
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_so_are_those_of_the_docs(page: Path) -> None:
+    assert wrong_figures(page.read_text(encoding="utf-8"), RESULTS) == []
 
 
 @pytest.mark.parametrize(
