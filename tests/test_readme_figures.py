@@ -1,8 +1,8 @@
 """The figures that README and docs quote are those of the raw files.
 
 In the tables of results a figure is followed by a comment that names its file in benchmarks/results and its place in
-there: ``1.92<!-- quick.json:summary.tau -->``; another name with a slash is a path in the repository. A ``*`` stands for
-every key of that level, and the values are added up.
+there: ``1.92<!-- quick.json:summary.tau -->``; another name with a slash is a path in the repository. A ``*`` stands
+for every key of that level, and the values are added up.
 """
 
 from __future__ import annotations
