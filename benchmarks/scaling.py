@@ -28,8 +28,8 @@ from ablations import HELD_OUT_ROWS, decode, make_recipe, train, write_row
 from recurrent_drafting import Verifier, cli, data, plots, report, result_files, self_data
 from recurrent_drafting.assets import DEFAULT_BASE
 
-# What the released drafter's recipe changes of the ablations' base.
-RELEASED = "--drafter_predict_n_tokens 3"
+# The ablations' best change of their base recipe.
+BEST = "--drafter_predict_n_tokens 3"
 
 
 def row_path(args: argparse.Namespace, rows: int, epochs: float) -> Path:
@@ -43,7 +43,7 @@ def measure(args: argparse.Namespace, rows: int, verifier: Verifier, prompts: li
     path = row_path(args, rows, args.epochs)
     if path.exists():
         return path
-    change = f"{RELEASED} --num_train_epochs {args.epochs:g} --max_train_samples {rows + HELD_OUT_ROWS}"
+    change = f"{BEST} --num_train_epochs {args.epochs:g} --max_train_samples {rows + HELD_OUT_ROWS}"
     recipe = make_recipe(args, change)
     with tempfile.TemporaryDirectory() as scratch:
         seconds = train(args, recipe, Path(scratch) / "run")
@@ -61,7 +61,7 @@ def measure_trained(args: argparse.Namespace, rows: int, verifier: Verifier, pro
         seconds = next(entry["train_runtime"] for entry in state["log_history"] if "train_runtime" in entry)
         figures = {"rows": rows, "epochs": state["num_train_epochs"], "training_seconds": round(seconds, 1)}
         tau = decode(args, verifier, prompts, args.trained)
-        recipe = make_recipe(args, f"{RELEASED} --num_train_epochs {state['num_train_epochs']}")
+        recipe = make_recipe(args, f"{BEST} --num_train_epochs {state['num_train_epochs']}")
         write_row(args, recipe, {**figures, "prompts": len(prompts), "greedy": tau}, path)
     return path
 
