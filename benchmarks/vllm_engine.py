@@ -22,10 +22,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tqdm import tqdm
+
 import harness
 from recurrent_drafting import Verifier, assets, cli
 from recurrent_drafting.config import SamplingConfig
-from recurrent_drafting.lossless import LosslessReport, Pair, Settings, judge
+from recurrent_drafting.lossless import LosslessReport, Pair, Rounding, Settings, judge
 from vllm_server import DTYPES, PROPOSER
 
 ENGINES = ("plain", "ngram", "drafter_alone", "drafter")
@@ -115,14 +117,15 @@ def near_ties(args: argparse.Namespace, prompts: list[list[int]], runs: dict[str
         return {}
     verifier = Verifier.from_pretrained(args.base_model, dtype=args.dtype)
     settings = Settings(SamplingConfig(), args.new_tokens, verifier.eos_token_ids)
-    counts = {}
-    for name, run in runs.items():
-        report = LosslessReport()
-        for index, (plain, text) in enumerate(zip(runs["plain"].texts, run.texts, strict=True)):
-            if plain != text:
-                judge(report, verifier, Pair(prompts[index], index, plain, text), settings, same_in_float64=True)
-        counts[name] = report.near_ties
-    return counts
+    reports = {name: LosslessReport() for name in runs}
+    for index, plain in enumerate(tqdm(runs["plain"].texts, desc="judging", unit="text")):
+        rounding = None
+        for name, run in runs.items():
+            if run.texts[index] != plain:
+                rounding = rounding or Rounding.of(verifier, prompts[index], plain)
+                pair = Pair(prompts[index], index, plain, run.texts[index])
+                judge(reports[name], verifier, pair, settings, same_in_float64=True, rounding=rounding)
+    return {name: report.near_ties for name, report in reports.items()}
 
 
 def _record(

@@ -157,7 +157,49 @@ def audit(decoder: SpeculativeDecoder, pairs: Sequence[Pair], settings: Settings
     return report
 
 
-def judge(report: LosslessReport, verifier: Verifier, pair: Pair, settings: Settings, same_in_float64: bool) -> None:
+@dataclass(frozen=True)
+class Rounding:
+    """The plain model's own rounding over one text.
+
+    Args:
+        logits: token by token, at each position of the reply, ``[n + 1, V]``.
+        epsilon: the largest gap of any logit between the two ways, in one forward and token by token, over
+            those positions.
+    """
+
+    logits: Tensor
+    epsilon: float
+
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, verifier: Verifier, prompt: Sequence[int], text: Sequence[int]) -> Rounding:
+        """Run the plain model over a prompt and its reply, in one forward and token by token.
+
+        The whole reply is measured, not only what precedes a divergence: kernels often round alike
+        over the first few tokens, which says nothing of the model's rounding.
+        """
+        model = verifier.model
+        tokens = torch.tensor([[*prompt, *text]], device=verifier.device)
+        length = len(prompt)
+        whole = model(input_ids=tokens, use_cache=False).logits[0, length - 1 :]
+        cache = {verifier.cache_argument: DynamicCache(config=model.config)}
+        output = model(input_ids=tokens[:, :length], **cache, use_cache=True)
+        rows = [output.logits[0, -1]]
+        for index in range(length, tokens.shape[1]):
+            output = model(input_ids=tokens[:, index : index + 1], **cache, use_cache=True)
+            rows.append(output.logits[0, -1])
+        single = torch.stack(rows)
+        return cls(single, float((single.double() - whole.double()).abs().max()))
+
+
+def judge(
+    report: LosslessReport,
+    verifier: Verifier,
+    pair: Pair,
+    settings: Settings,
+    same_in_float64: bool,
+    rounding: Rounding | None = None,
+) -> None:
     """Classify one pair of differing texts and add the verdict to a report.
 
     Args:
@@ -166,8 +208,10 @@ def judge(report: LosslessReport, verifier: Verifier, pair: Pair, settings: Sett
         pair: the texts; the first of them token by token.
         settings: what both were written with.
         same_in_float64: whether they are equal when both are written in float64.
+        rounding: of the first text, where it is known already; otherwise it is measured.
     """
-    logits, epsilon = _token_by_token(verifier, pair)
+    rounding = rounding or Rounding.of(verifier, pair.prompt, pair.baseline)
+    logits, epsilon = rounding.logits[pair.divergence], rounding.epsilon
     reason = "the texts differ in float64 as well"
     if same_in_float64:
         reason = _structural_reason(pair, settings, logits, epsilon)
@@ -224,31 +268,6 @@ def _uncut(decoder: SpeculativeDecoder, pair: Pair, settings: Settings) -> Pair:
         return pair
     plain, drafted = _texts(decoder, [pair], replace(settings, stop=None))
     return replace(pair, baseline=plain[0], speculative=drafted[0])
-
-
-@torch.inference_mode()
-def _token_by_token(verifier: Verifier, pair: Pair) -> tuple[Tensor, float]:
-    """Run the plain model over the baseline's text, in one forward and token by token.
-
-    The whole reply is measured, not only what precedes the divergence: kernels often round alike
-    over the first few tokens, which says nothing of the model's rounding.
-
-    Returns:
-        The token-by-token logits at the divergence, ``[V]``, and epsilon: the largest gap of any
-        logit between the two ways, over the positions of the reply.
-    """
-    model = verifier.model
-    text = torch.tensor([pair.prompt + pair.baseline], device=verifier.device)
-    length = len(pair.prompt)
-    whole = model(input_ids=text, use_cache=False).logits[0, length - 1 :]
-    cache = {verifier.cache_argument: DynamicCache(config=model.config)}
-    output = model(input_ids=text[:, :length], **cache, use_cache=True)
-    rows = [output.logits[0, -1]]
-    for index in range(length, text.shape[1]):
-        output = model(input_ids=text[:, index : index + 1], **cache, use_cache=True)
-        rows.append(output.logits[0, -1])
-    single = torch.stack(rows)
-    return single[pair.divergence], float((single.double() - whole.double()).abs().max())
 
 
 def _structural_reason(pair: Pair, settings: Settings, logits: Tensor, epsilon: float) -> str:
