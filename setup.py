@@ -35,6 +35,7 @@ setup(
     install_requires=requirements(),
     extras_require={
         "dev": [
+            "coverage>=7.10",
             "hypothesis>=6.100",
             "mypy>=1.18",
             "pre-commit>=4",
