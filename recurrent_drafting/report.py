@@ -347,9 +347,10 @@ def _accepted_lengths(results: Sequence[Result]) -> str:
         Series(result.name, _padded([count / sum(steps) for count in steps] if steps else [], longest))
         for result, steps in zip(results, counts, strict=True)
     ]
-    drawing = plots.bars([f"{length} tokens" for length in range(longest)], series, spec=".1%", most=1.0)
+    drawing = plots.bars([str(length) for length in range(longest)], series, spec=".1%", most=1.0)
     total = ", ".join(str(sum(steps)) for steps in counts)
-    return figure("Accepted length", drawing, f"share of steps; {total} steps", [result.name for result in results])
+    subtitle = f"tokens accepted in a step; share of {total} steps"
+    return figure("Accepted length", drawing, subtitle, [result.name for result in results])
 
 
 def tau_by_position(rows: Iterable[dict[str, Any]]) -> list[tuple[int, float]]:

@@ -135,7 +135,7 @@ def test_the_figures_are_those_of_the_file() -> None:
         f"depth {k}, first: {v}" for k, v in ((1, "57.1%"), (2, "28.6%"), (3, "14.3%"))
     ]
     shares = ("42.9%", "28.6%", "14.3%", "14.3%")
-    assert root.marks("Accepted length") == [f"{k} tokens, first: {share}" for k, share in enumerate(shares)]
+    assert root.marks("Accepted length") == [f"{k}, first: {share}" for k, share in enumerate(shares)]
     assert "7 steps" in root.figure("Accepted length").text
     assert root.marks("Time split") == ["draft: 33.3%", "verify: 66.7%"]
     assert root.marks("Cost of a verifier step") == ["verify at 1: 10", "verify at 4: 12.5"]
