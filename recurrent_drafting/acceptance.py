@@ -35,8 +35,16 @@ def walk(tree: DraftTree, logits: Tensor, sampler: Sampler) -> Acceptance:
     Picks are committed to the sampler one by one, so penalties and noise at a node derive from
     the node's own path.
 
-    Example: the tree of ``DraftTree.from_beams``; the verifier picks ``a`` at the root, ``d`` at
-    node 1 and ``x`` at node 4. The path is [0, 1, 4], the tokens are [a, d, x].
+    Drafted are 5 and 6, and 7 and 8 after the 5; the verifier picks 5 at the root, 8 at node 1 and 2 at node 4:
+
+    >>> from recurrent_drafting import SamplingConfig
+    >>> from recurrent_drafting.draft_tree import Beams
+    >>> zeros = torch.zeros(1, 2, 2)
+    >>> beams = Beams(torch.tensor([[[5, 6], [7, 8]]]), zeros.long(), zeros)
+    >>> logits = torch.eye(9)[torch.tensor([[5, 8, 0, 0, 2]])]
+    >>> sampler = Sampler(SamplingConfig(), [[4]], [0], eos_token_ids=[], vocab_size=9, device=logits.device)
+    >>> walk(DraftTree.from_beams(torch.tensor([4]), beams), logits, sampler)
+    Acceptance(paths=[[0, 1, 4]], tokens=[[5, 8, 2]])
 
     Args:
         tree: the verified trees, B rows of N nodes.

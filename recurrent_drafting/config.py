@@ -39,6 +39,11 @@ def _are_token_sequences(value: object) -> bool:
 class BeamConfig:
     """Shape of the beam search and of the draft tree.
 
+    >>> BeamConfig(max_nodes=0)
+    Traceback (most recent call last):
+        ...
+    recurrent_drafting.errors.UsageError: max_nodes must be an integer >= 1 or None, got 0
+
     Args:
         width: beams kept at each depth (W).
         length: tokens drafted after the root per beam (L).
@@ -75,6 +80,13 @@ class BeamConfig:
 @dataclass(frozen=True)
 class SamplingConfig:
     """Settings of the one sampling pipeline that the baseline and the speculative decoder share.
+
+    >>> SamplingConfig().greedy, SamplingConfig(temperature=0.7).greedy
+    (True, False)
+    >>> SamplingConfig(top_p=0)
+    Traceback (most recent call last):
+        ...
+    recurrent_drafting.errors.UsageError: top_p must be in (0, 1], got 0
 
     Args:
         temperature: 0 is greedy; otherwise the divisor of the logits.

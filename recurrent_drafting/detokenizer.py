@@ -54,6 +54,13 @@ def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
 class Detokenizer:
     """Turn the tokens of a reply into text one by one, without broken characters.
 
+    >>> class Bytes:
+    ...     def decode(self, tokens, **options):
+    ...         return bytes(tokens).decode("utf-8", "replace")
+    >>> detokenizer = Detokenizer(Bytes())
+    >>> [detokenizer.push(byte) for byte in "né".encode()]
+    ['n', '', 'é']
+
     Args:
         tokenizer: of the base.
     """

@@ -33,6 +33,24 @@ class Beams:
 class DraftTree:
     """A batch of prefix trees with the same number of nodes.
 
+    Tokens 5 and 6 may follow the root 4, and 7 and 8 the 5. Two beams begin with 5, and one node holds it:
+
+    >>> beams = Beams(
+    ...     tokens=torch.tensor([[[5, 6], [7, 8]]]),
+    ...     parents=torch.tensor([[[0, 0], [0, 0]]]),
+    ...     log_probs=torch.tensor([[[-0.5, -2.0], [-1.0, -3.0]]]),
+    ... )
+    >>> tree = DraftTree.from_beams(torch.tensor([4]), beams)
+    >>> tree.tokens.tolist(), tree.parents.tolist()
+    ([[4, 5, 6, 7, 8]], [[0, 0, 0, 1, 1]])
+    >>> tree.child(rows=torch.tensor([0]), nodes=torch.tensor([1]), tokens=torch.tensor([8])).tolist()
+    [4]
+    >>> tree.ancestor_mask()[0, 4].tolist()  # node 4 attends to the root, node 1 and itself
+    [True, True, False, False, True]
+    >>> small = tree.prune(3)
+    >>> small.tokens.tolist(), small.parents.tolist()
+    ([[4, 5, 7]], [[0, 0, 1]])
+
     Args:
         tokens: token of each node, int64 ``[B, N]``.
         parents: parent index of each node, int64 ``[B, N]``; the root is its own parent.
@@ -76,10 +94,7 @@ class DraftTree:
         """Merge beams into a tree and keep the most likely nodes.
 
         Two beams with the same prefix share that prefix's nodes, because beams point to their
-        parents instead of repeating them::
-
-            depth 1: beams "a", "b"; depth 2: "a c", "a d" (both parents = 0)
-            nodes:   0 root, 1 a, 2 b, 3 c (parent 1), 4 d (parent 1)
+        parents instead of repeating them.
 
         Path log-probabilities fall along a path, so the best ``max_nodes`` nodes are connected.
 

@@ -55,9 +55,16 @@ class _LayerView(CacheLayerMixin):
 class VerifierCache(Cache):
     """Key/value storage of a batch.
 
-    Worked example, one row of length 3 after a verify step over nodes 0..3 whose accepted path
-    is 0, 2, 3: slots 3..6 hold the four nodes; ``keep`` moves slot 5 to 4 and slot 6 to 5, and
-    the row's length becomes 6.
+    One row of length 3, then a verify step over nodes 0..3 whose accepted path is 0, 2, 3: slots 3..6 hold the
+    four nodes; ``keep`` moves slot 5 to 4 and slot 6 to 5, and the row's length becomes 6.
+
+    >>> cache = VerifierCache(num_layers=1, batch_size=1, capacity=8)
+    >>> for entries, path in (([1, 2, 3], [0, 1, 2]), ([10, 11, 12, 13], [0, 2, 3])):
+    ...     states = torch.tensor(entries).view(1, 1, -1, 1)
+    ...     keys, values = cache.append(0, states, states)
+    ...     cache.keep([path])
+    >>> cache.lengths, keys.flatten()[:6].tolist()
+    ([6], [1, 2, 3, 10, 12, 13])
 
     Args:
         num_layers: attention layers of the verifier.

@@ -41,6 +41,10 @@ def kl(logits: Tensor, target_probabilities: Tensor) -> Tensor:
 def cross_entropy(logits: Tensor, target_ids: Tensor) -> Tensor:
     """Return ``-log q(x)`` of the text's own token, in nats.
 
+    >>> values = cross_entropy(torch.zeros(2, 4), torch.tensor([3, -1]))
+    >>> [round(value, 4) for value in values.tolist()]  # log 4; -1 gives 0
+    [1.3863, 0.0]
+
     Args:
         logits: drafter logits, ``[..., V_d]``.
         target_ids: draft ids of the tokens, int64 ``[...]``; -1 (not in the draft vocabulary)
@@ -68,6 +72,12 @@ def path_probabilities(log_q: Tensor) -> Tensor:
 
 def expected_length(log_q: Tensor) -> Tensor:
     """Return the expected accepted length of a chain sampled along the text, ``sum_k prod_{j <= k} q_j``.
+
+    A depth counts for nothing behind one that is never accepted:
+
+    >>> lengths = expected_length(torch.tensor([[0.5, 0.5], [0.0, 0.9]]).log())
+    >>> [round(length, 4) for length in lengths.tolist()]
+    [0.75, 0.0]
 
     Args:
         log_q: as for ``path_probabilities``.

@@ -14,6 +14,14 @@ PHASES = ("prefill", "draft", "verify", "sample", "cache", "other")
 class DecodingStats:
     """What a decode cost and yielded; two of them add up with ``merge``.
 
+    One token of the prefill, then four steps that emit what they accept and one more: 1 + 2 + 3 + 3.
+
+    >>> stats = DecodingStats(rows=1, tokens=10, prefill_tokens=1)
+    >>> for accepted in (0, 1, 2, 2):
+    ...     stats.count_step(accepted)
+    >>> stats.tau, stats.acceptance_by_depth
+    (2.25, [0.75, 0.5])
+
     Args:
         rows: requests.
         tokens: emitted tokens, after EOS, stop and length cuts.
@@ -92,7 +100,15 @@ class DecodingStats:
 
 @dataclass
 class MeanMetrics:
-    """Named means, kept as (sum, count)."""
+    """Named means, kept as (sum, count).
+
+    >>> means, of_another_rank = MeanMetrics(), MeanMetrics()
+    >>> means.add("loss", total=6.0, count=2)
+    >>> of_another_rank.add("loss", total=2.0, count=6)
+    >>> means.merge(of_another_rank)
+    >>> means.pop_means()  # 8 / 8, not the mean of 3 and 1/3
+    {'loss': 1.0}
+    """
 
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)

@@ -62,6 +62,14 @@ class RepeatIndex:
     def continuation(self, most: int) -> tuple[list[int], list[float]]:
         """Return what followed the longest repeat, and per token the log-probability that it follows here too.
 
+        7 8 has stood before. A copy that reaches the end of the text goes on with itself:
+
+        >>> tokens, _ = RepeatIndex([7, 8, 9, 5, 7, 8]).continuation(6)
+        >>> tokens
+        [9, 5, 7, 8, 9, 5]
+        >>> RepeatIndex([7, 8, 9]).continuation(6)
+        ([], [])
+
         Args:
             most: tokens wanted.
 

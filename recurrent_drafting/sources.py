@@ -197,6 +197,10 @@ def parse_conversation(row: Any, where: str) -> Conversation:
     Blanks around a message are dropped, and so is a reply before the first user turn. A text is one
     reply without a prompt.
 
+    >>> turns = [{"from": "gpt", "value": "Hello."}, {"from": "human", "value": " 2 + 2? "}]
+    >>> parse_conversation({"conversations": turns}, "rows.jsonl:1")
+    (Turn(role='user', content='2 + 2?'),)
+
     Args:
         row: parsed JSON.
         where: file and line, for messages.

@@ -40,6 +40,11 @@ class EncodedRow:
 def supervised(loss_mask: Tensor) -> Tensor:
     """Tell which positions t are supervised: those whose root t + 1 and first target t + 2 belong to a reply.
 
+    A reply of two tokens has one such position, a reply of one token none:
+
+    >>> supervised(torch.tensor([False, False, True, True, False, True])).tolist()
+    [False, True, False, False]
+
     Args:
         loss_mask: bool ``[..., T]``.
 

@@ -171,7 +171,17 @@ class Supervision:
 
     @classmethod
     def from_batch(cls, input_ids: Tensor, loss_mask: Tensor, depths: int) -> Supervision:
-        """Collect the supervised positions of ``input_ids`` and ``loss_mask``, both ``[B, T]``."""
+        """Collect the supervised positions of ``input_ids`` and ``loss_mask``, both ``[B, T]``.
+
+        From position 0 the root is 11 and the targets are 12 and 13; the 14 belongs to no reply:
+
+        >>> text, reply = torch.tensor([[10, 11, 12, 13, 14]]), torch.tensor([[False, True, True, True, False]])
+        >>> batch = Supervision.from_batch(text, reply, depths=2)
+        >>> batch.positions.tolist(), batch.known.tolist(), batch.targets.tolist()
+        ([0, 1], [[11, 12], [12, 13]], [[12, 13], [13, 14]])
+        >>> batch.valid.tolist()
+        [[True, True], [True, False]]
+        """
         rows, positions = token_rows.supervised(loss_mask).nonzero(as_tuple=True)
         offsets = positions.unsqueeze(1) + torch.arange(1, depths + 2, device=input_ids.device)
         inside = offsets < input_ids.shape[1]

@@ -113,6 +113,10 @@ class LatencyCurve:
         With path probabilities P_1 >= P_2 >= ... a step over N nodes is expected to emit
         1 + sum of P_1..P_{N-1} tokens per row.
 
+        >>> curve = LatencyCurve(nodes=(1, 2, 4), seconds=(1.0, 1.25, 2.0))
+        >>> curve.best_nodes(torch.tensor([[[0.5, 0.25, 0.25]]]).log())  # of 1 / 1, 1.5 / 1.25 and 2 / 2
+        2
+
         Args:
             log_probs: path log-probabilities of the proposed nodes, float32 ``[B, depths, W]``.
             calibration: what their probabilities are multiplied by.
@@ -181,7 +185,11 @@ class LatencyTable:
 
 
 def batch_sizes(rows: int) -> list[int]:
-    """Return 1, 2, 4, ... up to the first that holds so many rows."""
+    """Return 1, 2, 4, ... up to the first that holds so many rows.
+
+    >>> batch_sizes(5)
+    [1, 2, 4, 8]
+    """
     return [1 << power for power in range((rows - 1).bit_length() + 1)]
 
 
