@@ -13,7 +13,6 @@ kills have left a half-written checkpoint behind, and fails if fewer did.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import shutil
 import signal
@@ -32,7 +31,7 @@ from safetensors.torch import load_file
 from recurrent_drafting.manifest import PARTIAL
 from recurrent_drafting.resume import checkpoints, newest_complete
 from recurrent_drafting.run_guard import LOCK
-from tests.text_models import save_base
+from tests.text_models import save_base, save_chats
 
 STEPS, SAVE_STEPS, ROWS = 24, 1, 20
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,8 +58,7 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self._base, self._chats, self._alone = folder / "base", folder / "chats.jsonl", folder / "alone"
         save_base(self._base)
-        rows = [{"prompt": f"question {i}", "response": f"the answer is {i * 7}"} for i in range(ROWS)]
-        self._chats.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        save_chats(self._chats, ROWS)
         finish(self.start(self._alone))
 
     def start(self, output: Path) -> subprocess.Popen[str]:

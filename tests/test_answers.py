@@ -13,7 +13,7 @@ import pytest
 import generate_speculator
 from recurrent_drafting import Drafter, SpeculativeDecoder, answers, evaluation, prompt_files
 from recurrent_drafting.evaluation import RunSettings
-from tests.text_models import load_verifier, make_tokenizer, save_base, save_drafter, save_questions
+from tests.text_models import Models, load_verifier, make_tokenizer, save_questions
 
 # Every field of their records: name, type. Nothing may be missing, and nothing else is in there.
 LINE = {"question_id": int, "category": str, "answer_id": str, "model_id": str, "choices": list, "tstamp": float}
@@ -54,11 +54,8 @@ def speed(path: Path, task: str) -> tuple[float, float]:
 
 
 @pytest.fixture(scope="module")
-def decoder(tmp_path_factory: pytest.TempPathFactory) -> SpeculativeDecoder:
-    folder = tmp_path_factory.mktemp("models")
-    base = save_base(folder / "base")
-    drafter = Drafter.from_pretrained(save_drafter(folder / "drafter", base))
-    return SpeculativeDecoder(load_verifier(base, "fp64"), drafter)
+def decoder(models: Models) -> SpeculativeDecoder:
+    return SpeculativeDecoder(load_verifier(models.base, "fp64"), Drafter.from_pretrained(models.drafter))
 
 
 @pytest.mark.parametrize(("turns", "batch_size"), [(1, 1), (2, 1), (2, 3)])
@@ -106,13 +103,13 @@ def test_a_differing_text_is_the_baselines_own() -> None:
     assert ours["choices"][0]["turns"] == ["ours"] and ours["answer_id"] != plain["answer_id"]
 
 
-def test_the_script_writes_them_for_every_way_to_decode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base = save_base(tmp_path / "base")
-    drafter, asked = save_drafter(tmp_path / "drafter", base), save_questions(tmp_path / "q.jsonl", 2)
-    out = tmp_path / "new" / "a.jsonl"
-    argv = ["--speculator_path", str(drafter), "--eval_file", str(asked), "--max_generation_length", "8"]
+def test_the_script_writes_them_for_every_way_to_decode(
+    models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked, out = save_questions(tmp_path / "q.jsonl", 2), tmp_path / "new" / "a.jsonl"
+    argv = ["--speculator_path", models.drafter, "--eval_file", str(asked), "--max_generation_length", "8"]
     argv += ["--dtype", "fp32", "--device", "cpu", "--max_tree_nodes", "4", "--turns", "2", "--answer_file", str(out)]
-    for mode, files in (([], 1), (["--autoregressive"], 1), (["--compare"], 2)):
+    for mode, files in (([], 1), (["--autoregressive", "--base_model", models.base], 1), (["--compare"], 2)):
         assert generate_speculator.main([*argv, *mode]) == 0
         assert f"answers: {out}" in capsys.readouterr().out
         assert len(list(out.parent.iterdir())) == files

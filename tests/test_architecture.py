@@ -245,12 +245,14 @@ def test_no_ten_lines_stand_twice() -> None:
     assert twice == []
 
 
+@pytest.mark.slow
 def test_importing_the_package_only_registers_its_classes_and_needs_no_optional_package() -> None:
     modules = [f"{NAME}.{module}" for module in ORDER if module not in ("__init__", *OPTIONAL)]
     [(_, out, err)] = run(["-c", IMPORT_PROBE, *modules])
     assert out.splitlines() == ["[]", "True", "['RecurrentDraftingConfig', 'Drafter']"], err
 
 
+@pytest.mark.slow
 def test_help_and_a_misspelt_flag_of_the_generation_script() -> None:
     script = "generate_speculator.py"
     (code, out, err), (misspelt_code, misspelt_out, misspelt_err) = run([script, "--help"], [script, "--interactiv"])

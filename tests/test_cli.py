@@ -162,6 +162,7 @@ def test_help_shows_the_defaults_that_say_something() -> None:
     assert text.count("(default:") == 1  # neither None nor an unset switch
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_ends_the_script_quietly() -> None:
     """One line that stays in the buffer until the end, and more than any buffer holds."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}

@@ -18,7 +18,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from recurrent_drafting import custom_generate
 from recurrent_drafting.decoding import SpeculativeDecoder
 from recurrent_drafting.errors import ModelError, UsageError
-from tests.text_models import make_tokenizer, save_base, save_drafter
+from tests.text_models import make_tokenizer, save_drafter
 
 PROMPT = torch.tensor([[0, 44, 50, 61, 77]])
 PAD = 3
@@ -32,12 +32,7 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("base") / "base")
-
-
-@pytest.fixture(scope="module")
-def folder(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A drafter as it is uploaded."""
     folder = save_drafter(tmp_path_factory.mktemp("drafter") / "drafter", base)
     script = folder / custom_generate.PATH
@@ -47,7 +42,7 @@ def folder(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def model(base: Path) -> Any:
+def model(base: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
 
 
@@ -193,7 +188,7 @@ def other(folder: Path, tmp_path: Path) -> Iterator[Path]:
     yield shutil.copytree(folder, tmp_path / "other")
 
 
-def test_a_drafter_that_does_not_fit_is_refused(model: Any, base: Path, folder: Path, tmp_path: Path) -> None:
+def test_a_drafter_that_does_not_fit_is_refused(model: Any, base: str, folder: Path, tmp_path: Path) -> None:
     small = save_drafter(tmp_path / "small", base, hidden_size=16)
     with pytest.raises(ModelError, match="expected hidden_size 32, the drafter has 16"):
         custom_generate.generate(model, inputs=PROMPT, speculator_path=str(small))
@@ -201,7 +196,7 @@ def test_a_drafter_that_does_not_fit_is_refused(model: Any, base: Path, folder: 
         custom_generate.generate(model, inputs=PROMPT)
 
 
-def test_a_drafter_saved_anew_is_loaded_anew(model: Any, base: Path, other: Path) -> None:
+def test_a_drafter_saved_anew_is_loaded_anew(model: Any, base: str, other: Path) -> None:
     arguments: dict[str, Any] = {"inputs": PROMPT, "speculator_path": str(other), "max_new_tokens": 2}
     custom_generate.generate(model, **arguments)
     custom_generate.generate(model, max_tree_nodes=3, **arguments)

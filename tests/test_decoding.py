@@ -41,7 +41,10 @@ DECODERS = ["baseline", "random drafter", "oracle", "noisy oracle"]
 Decoder = AutoregressiveDecoder | SpeculativeDecoder
 
 
-@pytest.fixture(scope="module", params=sorted(CONFIGS))
+FAMILIES = [pytest.param(family, marks=[pytest.mark.slow] * (family != "llama")) for family in sorted(CONFIGS)]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def verifier(request: pytest.FixtureRequest) -> Verifier:
     return make_verifier(request.param)
 

@@ -197,16 +197,17 @@ def test_settings_that_are_none_are_a_data_error(tmp_path: Path, damaged: str) -
 
 
 @pytest.mark.usefixtures("short_prompts")
-@pytest.mark.parametrize("calls", [0, 1, 2, 3, 5])
-def test_an_interrupted_run_goes_on_to_the_same_files(tmp_path: Path, calls: int) -> None:
+def test_an_interrupted_run_goes_on_to_the_same_files(tmp_path: Path) -> None:
     verifier = make_verifier()
     write(TransformersEngine(verifier), tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        write(InterruptedEngine(verifier, calls), tmp_path / "parts")
-    assert len(list((tmp_path / "parts").glob("chunk-*.json"))) == calls // 2
-    write(TransformersEngine(verifier), tmp_path / "parts")
-    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
-    write(InterruptedEngine(verifier, 0), tmp_path / "parts")  # nothing is missing, so nothing is generated
+    for calls in (0, 1, 2, 3, 5):
+        parts = tmp_path / f"parts-{calls}"
+        with pytest.raises(KeyboardInterrupt):
+            write(InterruptedEngine(verifier, calls), parts)
+        assert len(list(parts.glob("chunk-*.json"))) == calls // 2
+        write(TransformersEngine(verifier), parts)
+        assert contents(parts) == contents(tmp_path / "whole")
+        write(InterruptedEngine(verifier, 0), parts)  # nothing is missing, so nothing is generated
 
 
 @pytest.mark.usefixtures("short_prompts")

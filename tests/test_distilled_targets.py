@@ -93,7 +93,7 @@ def forwards(verifier: Verifier) -> Iterator[list[tuple[int, int]]]:
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("chunk", [3, 256])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_tokens_are_those_of_one_generate_per_position(
     family: str, chunk: int, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,7 +105,7 @@ def test_tokens_are_those_of_one_generate_per_position(
     assert [(row.input_ids, row.loss_mask) for row in distilled] == [(row.input_ids, row.loss_mask) for row in rows]
 
 
-@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize("name", [WINDOWED[0], *(pytest.param(name, marks=pytest.mark.slow) for name in WINDOWED[1:])])
 def test_tokens_in_families_whose_layers_slide(name: str) -> None:
     verifier = Verifier(FAMILIES[name].model(windowed=True))
     rows, config = make_rows(verifier)[:1], DistilConfig(4)

@@ -22,17 +22,14 @@ from recurrent_drafting.detokenizer import StopStrings
 from recurrent_drafting.errors import DataError, UsageError
 from recurrent_drafting.evaluation import RunSettings
 from recurrent_drafting.prompt_files import Question
-from tests.text_models import load_verifier, make_tokenizer, save_base, save_drafter, save_questions
+from tests.text_models import Models, load_verifier, make_tokenizer, save_questions
 
 SETTINGS = RunSettings(base_model="base", speculator_path="drafter", max_new_tokens=12)
 
 
 @pytest.fixture(scope="module")
-def decoder(tmp_path_factory: pytest.TempPathFactory) -> SpeculativeDecoder:
-    folder = tmp_path_factory.mktemp("models")
-    base = save_base(folder / "base")
-    drafter = Drafter.from_pretrained(save_drafter(folder / "drafter", base))
-    return SpeculativeDecoder(load_verifier(base, "fp64"), drafter)
+def decoder(models: Models) -> SpeculativeDecoder:
+    return SpeculativeDecoder(load_verifier(models.base, "fp64"), Drafter.from_pretrained(models.drafter))
 
 
 @pytest.fixture

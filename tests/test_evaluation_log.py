@@ -18,7 +18,7 @@ from recurrent_drafting.errors import DataError, ModelError, UsageError
 from recurrent_drafting.evaluation import RunSettings
 from recurrent_drafting.prompt_files import Question
 from recurrent_drafting.tree_budget import LatencyCurve, LatencyTable
-from tests.text_models import load_verifier, make_tokenizer, save_base, save_drafter, save_questions
+from tests.text_models import Models, load_verifier, make_tokenizer, save_base, save_drafter, save_questions
 
 SETTINGS = RunSettings(base_model="base", speculator_path="drafter", max_new_tokens=12, turns=2)
 CURVE = LatencyCurve((1, 4, 41), (0.01, 0.02, 0.04), 0.001)
@@ -26,11 +26,10 @@ TABLE = LatencyTable({1: CURVE})
 
 
 @pytest.fixture(scope="module")
-def decoder(tmp_path_factory: pytest.TempPathFactory) -> SpeculativeDecoder:
-    folder = tmp_path_factory.mktemp("models")
-    base = save_base(folder / "base")
-    drafter = Drafter.from_pretrained(save_drafter(folder / "drafter", base))
-    return SpeculativeDecoder(load_verifier(base, "fp64"), drafter, latency=TABLE)
+def decoder(models: Models) -> SpeculativeDecoder:
+    return SpeculativeDecoder(
+        load_verifier(models.base, "fp64"), Drafter.from_pretrained(models.drafter), latency=TABLE
+    )
 
 
 @pytest.fixture
@@ -85,7 +84,9 @@ def untimed(record: dict[str, Any]) -> dict[str, Any]:
     return {"rows": rows, "summary": {name: record["summary"][name] for name in same}}
 
 
-@pytest.mark.parametrize(("batch_size", "after", "kept"), [(1, 6, 1), (1, 8, 2), (3, 5, 1)])
+@pytest.mark.parametrize(
+    ("batch_size", "after", "kept"), [(1, 6, 1), pytest.param(1, 8, 2, marks=pytest.mark.slow), (3, 5, 1)]
+)
 def test_a_run_that_was_cut_off_ends_as_one_in_one_go(
     decoder: SpeculativeDecoder, questions: list[Question], tmp_path: Path, batch_size: int, after: int, kept: int
 ) -> None:

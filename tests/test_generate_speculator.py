@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -14,23 +13,10 @@ import generate_speculator
 from generate_speculator import main
 from recurrent_drafting import SamplingConfig, local_drafters, lossless
 from recurrent_drafting.lossless import LosslessReport
-from tests.text_models import save_base, save_drafter, save_questions
+from tests.faults.common import Pipe
+from tests.text_models import Models, save_drafter, save_questions
 
 FAST = ["--dtype", "fp32", "--device", "cpu", "--max_tree_nodes", "6"]
-
-
-class Pipe(io.TextIOWrapper):
-    """Standard input that is no terminal."""
-
-    def __init__(self, content: bytes) -> None:
-        super().__init__(io.BytesIO(content), encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    folder = tmp_path_factory.mktemp("models")
-    base = save_base(folder / "base")
-    return str(base), str(save_drafter(folder / "drafter", base))
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +28,8 @@ def empty_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", Pipe(b""))
 
 
-def run(models: tuple[str, str], *argv: str) -> int:
-    return main(["--speculator_path", models[1], "--max_generation_length", "8", *FAST, *argv])
+def run(models: Models, *argv: str) -> int:
+    return main(["--speculator_path", models.drafter, "--max_generation_length", "8", *FAST, *argv])
 
 
 @pytest.mark.parametrize(
@@ -109,7 +95,7 @@ def test_a_missing_prompt_file(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_three_one_shot_ways_and_the_baseline_agree(
-    models: tuple[str, str],
+    models: Models,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -121,7 +107,7 @@ def test_the_three_one_shot_ways_and_the_baseline_agree(
         ["--prompt", "hello"],
         ["--prompt_file", str(tmp_path / "p.txt")],
         [],
-        ["--prompt", "hello", "--autoregressive", "--base_model", models[0]],
+        ["--prompt", "hello", "--autoregressive", "--base_model", models.base],
     ):
         assert run(models, *argv) == 0
         captured = capsys.readouterr()
@@ -130,7 +116,7 @@ def test_the_three_one_shot_ways_and_the_baseline_agree(
     assert len(set(texts)) == 1 and len(texts[0].strip()) > 0
 
 
-def test_no_new_tokens_and_stop_strings(models: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_new_tokens_and_stop_strings(models: Models, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(models, "--prompt", "hello", "--max_generation_length", "0") == 0
     assert capsys.readouterr().out == "\n"
     assert run(models, "--prompt", "hello") == 0
@@ -141,21 +127,21 @@ def test_no_new_tokens_and_stop_strings(models: tuple[str, str], capsys: pytest.
     assert not capsys.readouterr().out.startswith(text[0])
 
 
-def test_a_prompt_over_the_window(models: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_prompt_over_the_window(models: Models, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(models, "--prompt", "x" * 2000) == 3
     err = capsys.readouterr().err
     assert "context window" in err and "512" in err
 
 
 def test_interactive_ends_with_its_input(
-    models: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    models: Models, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stdin", Pipe(b"hello\n/stats\n"))
     assert run(models, "--interactive") == 0
     assert "1 replies, 8 tokens" in capsys.readouterr().out
 
 
-def test_compare_writes_results(models: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_writes_results(models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     questions, results = save_questions(tmp_path / "q.jsonl"), tmp_path / "r.json"
     argv = ["--eval_file", str(questions), "--max_num_prompts", "9", "--turns", "2"]
     assert run(models, *argv, "--verify_lossless", "--output_file", str(results)) == 0
@@ -165,22 +151,22 @@ def test_compare_writes_results(models: tuple[str, str], tmp_path: Path, capsys:
         assert part in captured.out
     record = json.loads(results.read_text())
     assert record["summary"]["compared"] == 6 and record["summary"]["structural"] == 0
-    assert record["summary"]["speculator_path"] == models[1]
-    assert record["summary"]["base_model"] == models[0]
+    assert record["summary"]["speculator_path"] == models.drafter
+    assert record["summary"]["base_model"] == models.base
 
 
 def test_evaluation_with_a_measured_tree_and_of_the_baseline(
-    models: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     questions = str(save_questions(tmp_path / "q.jsonl", 1))
     assert run(models, "--eval_file", questions, "--max_tree_nodes", "auto") == 0
     assert "method speculative" in capsys.readouterr().out
-    assert run(models, "--eval_file", questions, "--autoregressive") == 0
+    assert run(models, "--eval_file", questions, "--autoregressive", "--base_model", models.base) == 0
     assert "drafter none" in capsys.readouterr().out
 
 
 def test_a_structural_difference_exits_6_after_the_results(
-    models: tuple[str, str],
+    models: Models,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -198,39 +184,39 @@ def test_a_structural_difference_exits_6_after_the_results(
 
 class TestDrafterResolution:
     def test_the_newest_drafter_of_the_base_is_taken_and_named(
-        self, models: tuple[str, str], capsys: pytest.CaptureFixture[str]
+        self, models: Models, capsys: pytest.CaptureFixture[str]
     ) -> None:
         for age, name in enumerate(("base-recurrent-drafter-2", "base-recurrent-drafter")):
-            folder = save_drafter(Path("models") / name, Path(models[0]))
+            folder = save_drafter(Path("models") / name, Path(models.base))
             os.utime(folder / "model.safetensors", (1000 - age, 1000 - age))
         save_drafter(Path("models/other-recurrent-drafter"), Path("other"))
-        argv = ["--base_model", models[0], "--prompt", "a", "--max_generation_length", "2", *FAST]
+        argv = ["--base_model", models.base, "--prompt", "a", "--max_generation_length", "2", *FAST]
         assert main(argv) == 0
         assert "drafter: models/base-recurrent-drafter-2" in capsys.readouterr().err
 
-    def test_the_released_drafter_comes_last(self, models: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    def test_the_released_drafter_comes_last(self, models: Models, capsys: pytest.CaptureFixture[str]) -> None:
         released = save_drafter(local_drafters.RELEASED / "base-redrafter", Path("name"))
-        argv = ["--base_model", models[0], "--prompt", "a", "--max_generation_length", "2", *FAST]
+        argv = ["--base_model", models.base, "--prompt", "a", "--max_generation_length", "2", *FAST]
         assert main(argv) == 0
         assert str(released) in capsys.readouterr().err
 
-    def test_no_drafter_lists_those_found(self, models: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["--base_model", models[0], "--prompt", "a"]) == 4
+    def test_no_drafter_lists_those_found(self, models: Models, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["--base_model", models.base, "--prompt", "a"]) == 4
         assert "no drafters found" in capsys.readouterr().err
         save_drafter(Path("models/other-recurrent-drafter"), Path("other"))
-        assert main(["--base_model", models[0], "--prompt", "a"]) == 4
+        assert main(["--base_model", models.base, "--prompt", "a"]) == 4
         assert "models/other-recurrent-drafter (for other)" in capsys.readouterr().err
         assert main(["--speculator_path", "./nope", "--prompt", "a"]) == 4
         assert "other-recurrent-drafter" in capsys.readouterr().err
 
     def test_pickled_or_missing_weights_and_other_bases_are_refused(
-        self, models: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         folder = tmp_path / "d"
-        shutil.copytree(models[1], folder)
+        shutil.copytree(models.drafter, folder)
         (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-        assert run((models[0], str(folder)), "--prompt", "a") == 4
+        assert run(Models(models.base, str(folder)), "--prompt", "a") == 4
         assert "pytorch_model.bin" in capsys.readouterr().err
-        other = save_drafter(tmp_path / "e", Path(models[0]), hidden_size=16)
-        assert run((models[0], str(other)), "--prompt", "a") == 4
+        other = save_drafter(tmp_path / "e", Path(models.base), hidden_size=16)
+        assert run(Models(models.base, str(other)), "--prompt", "a") == 4
         assert "expected hidden_size 32, the drafter has 16" in capsys.readouterr().err

@@ -177,14 +177,14 @@ def test_a_dry_run_shows_all_and_touches_nothing(
     ("fault", "named", "tries"),
     [
         (Fault("POST", "/repos/create", 401), "refuses this token for someone/my-drafter: run `hf auth login`", 1),
-        (Fault("POST", "/commit/", 403), "refuses this token", 1),
+        pytest.param(Fault("POST", "/commit/", 403), "refuses this token", 1, marks=pytest.mark.slow),
         (Fault("POST", "/preupload/", 404), "has no someone/my-drafter that this token may see", 1),
         (Fault("POST", "/commit/", 429, headers={"Retry-After": "7"}), "takes no more requests for now", 3),
-        (Fault("POST", "/commit/", 503), "the hub answered 503", 3),
-        (Fault("POST", "/repos/create", CUT), "was not reached or cut off", 3),
+        pytest.param(Fault("POST", "/commit/", 503), "the hub answered 503", 3, marks=pytest.mark.slow),
+        pytest.param(Fault("POST", "/repos/create", CUT), "was not reached or cut off", 3, marks=pytest.mark.slow),
         (Fault("POST", "/commit/", CUT), "was not reached or cut off", 3),
-        (Fault("PUT", "/lfs/", CUT), "was not reached or cut off", None),
-        (Fault("PUT", "/lfs/", 403), "refuses this token", 1),
+        pytest.param(Fault("PUT", "/lfs/", CUT), "was not reached or cut off", None, marks=pytest.mark.slow),
+        pytest.param(Fault("PUT", "/lfs/", 403), "refuses this token", 1, marks=pytest.mark.slow),
         (Fault("POST", "/validate-yaml", 400), "refuses README.md", 1),
     ],
 )
@@ -401,6 +401,7 @@ def test_the_uploaded_script_decodes_with_the_uploaded_drafter(server: HubServer
     assert server.count("GET .*model.safetensors") == 1
 
 
+@pytest.mark.slow
 def test_the_script_as_a_process(server: HubServer, folder: Path) -> None:
     environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
     environment.pop("HF_HUB_OFFLINE", None)

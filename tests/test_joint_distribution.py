@@ -28,7 +28,17 @@ def drafters(tiny: Tiny) -> dict[str, Drafter]:
     return {"random": make_drafter(tiny.verifier), "trained": joint.train_drafter(tiny)}
 
 
-@pytest.mark.parametrize("run", joint.runs(), ids=lambda run: f"{run.setting.name}-{run.drafter}-{run.coupled}")
+RUNS = [
+    pytest.param(
+        run,
+        id=f"{run.setting.name}-{run.drafter}-{run.coupled}",
+        marks=[pytest.mark.slow] * (run.drafter != "trained" or not run.coupled),
+    )
+    for run in joint.runs()
+]
+
+
+@pytest.mark.parametrize("run", RUNS)
 def test_drafted_texts_follow_the_exact_distribution(tiny: Tiny, drafters: dict[str, Drafter], run: Run) -> None:
     counts, _ = joint.draw(tiny, drafters[run.drafter], run, SAMPLES)
     fit = joint.goodness_of_fit(counts, joint.exact_joint(tiny, run.setting))
@@ -105,6 +115,7 @@ def test_the_chi_square_tail_agrees_with_printed_tables(value: float, degrees: i
     assert joint.noncentral_tail(value, degrees, 1e-9) == pytest.approx(tail, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_deviation_of_the_stated_size_is_found_and_no_deviation_is_not(tiny: Tiny) -> None:
     """The stated power, by simulation: the least favourable deviation moves every cell by the same share."""
     exact = joint.exact_joint(tiny, joint.SETTINGS[1])
@@ -128,6 +139,7 @@ def test_a_deviation_of_the_stated_size_is_found_and_no_deviation_is_not(tiny: T
     assert 0.01 < (null < 0.05).double().mean() < 0.12
 
 
+@pytest.mark.slow
 def test_the_command_writes_its_facts_and_succeeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "joint.json"
     assert joint.main(["--samples", "1280", "--output", str(output)]) == 0

@@ -33,12 +33,14 @@ def suite() -> Suite:
     return Suite(cases=6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", ["text", "batch", "counters", "acceptance"])
 def test_the_unchanged_package_passes(suite: Suite, check: str) -> None:
     result = run_check(suite, check)
     assert result.verdict == "survived" and result.cases >= 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK)
 def test_a_fault_is_found_by_a_wrong_result(suite: Suite, name: str) -> None:
     (mutant,) = (mutant for mutant in MUTANTS if mutant.name == name)
@@ -69,12 +71,14 @@ def test_a_mutant_that_does_not_fit_the_source_is_an_error(old: str, message: st
         pass
 
 
+@pytest.mark.slow
 def test_what_is_no_fault_survives_and_a_crash_does_not_count(suite: Suite) -> None:
     assert run_mutant(suite, HARMLESS).verdict == "survived"
     assert run_mutant(suite, CRASHING).verdict.startswith("crashed: ZeroDivisionError")
     assert run_check(suite, "acceptance").verdict == "survived"
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_fails_if_a_mutant_survives(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

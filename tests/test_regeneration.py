@@ -14,7 +14,7 @@ import train_speculator
 from recurrent_drafting import AutoregressiveDecoder, GenerationOutput, engines, estimate, regeneration
 from recurrent_drafting.engines import Request, TransformersEngine
 from tests.faults.common import Capture, refused, train_argv
-from tests.text_models import TEMPLATE, load_verifier, save_base
+from tests.text_models import TEMPLATE, load_verifier
 
 # As many published templates do: system turns and two user turns in a row are refused.
 ALTERNATING = (
@@ -22,11 +22,6 @@ ALTERNATING = (
     "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}"
 ) + TEMPLATE
 LENGTH = 200
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_base(tmp_path_factory.mktemp("regeneration") / "base"))
 
 
 @pytest.fixture
@@ -151,6 +146,7 @@ def test_a_limit_above_the_first_turns_takes_the_next_ones(
 
 def test_no_reply_is_decoded_further_than_its_batch_can_keep(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is kept is what an unlimited reply begins with."""
+    length = 90
     decoded: list[tuple[int, int]] = []
     found: list[Any] = []
     generate, regenerate = AutoregressiveDecoder.generate, regeneration.regenerate
@@ -167,10 +163,10 @@ def test_no_reply_is_decoded_further_than_its_batch_can_keep(base: str, monkeypa
     monkeypatch.setattr(AutoregressiveDecoder, "generate", counted)
     monkeypatch.setattr(regeneration, "regenerate", kept)
     rows = save(*[talk("x" * (9 * (index % 5) + 1)) for index in range(engines.REPLY_BATCH + 3)])
-    assert run(base, rows) == 0
-    assert [shortest + limit for shortest, limit in decoded] == [LENGTH] * 2 and decoded[0] != decoded[1]
+    assert run(base, rows, "--model_max_length", str(length)) == 0
+    assert [shortest + limit for shortest, limit in decoded] == [length] * 2 and decoded[0] != decoded[1]
     verifier = load_verifier(Path(base))
     for row in found[0][0][::4]:
         start = row.loss_mask.index(True)
-        whole = generate(AutoregressiveDecoder(verifier), [row.input_ids[:start]], max_new_tokens=LENGTH).sequences[0]
-        assert row.input_ids[start:] == engines.cut_loop(whole[: LENGTH - start])
+        whole = generate(AutoregressiveDecoder(verifier), [row.input_ids[:start]], max_new_tokens=length).sequences[0]
+        assert row.input_ids[start:] == engines.cut_loop(whole[: length - start])

@@ -17,7 +17,7 @@ from recurrent_drafting.evaluation import RunSettings
 from recurrent_drafting.plots import DASH
 from recurrent_drafting.report import TIMES, Result
 from tests.html_pages import Element, parse
-from tests.text_models import load_verifier, make_tokenizer, save_base, save_drafter, save_questions
+from tests.text_models import Models, load_verifier, make_tokenizer, save_questions
 
 BAD = "<script>alert(1)</script>"
 TRAINING = {
@@ -264,10 +264,8 @@ def test_a_sweep_is_a_heat_map_and_a_table() -> None:
     ]
 
 
-def test_a_real_record_marks_the_tokens_that_were_drafted(tmp_path: Path) -> None:
-    base = save_base(tmp_path / "base")
-    drafter = Drafter.from_pretrained(save_drafter(tmp_path / "drafter", base))
-    decoder = SpeculativeDecoder(load_verifier(base, "fp64"), drafter)
+def test_a_real_record_marks_the_tokens_that_were_drafted(models: Models, tmp_path: Path) -> None:
+    decoder = SpeculativeDecoder(load_verifier(models.base, "fp64"), Drafter.from_pretrained(models.drafter))
     questions, _ = prompt_files.load_questions(str(save_questions(tmp_path / "q.jsonl")))
     sampling = SamplingConfig(temperature=1.0)
     settings = RunSettings(base_model="base", speculator_path="drafter", max_new_tokens=24, turns=2, sampling=sampling)

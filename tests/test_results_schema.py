@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import generate_speculator
-from tests.text_models import save_base, save_drafter, save_questions
+from tests.text_models import Models, save_questions
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = json.loads((ROOT / "docs" / "results.schema.json").read_text(encoding="utf-8"))
@@ -60,17 +60,16 @@ def _members(value: Any, schema: dict[str, Any], place: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def results(models: Models, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Write the result file of every kind of run."""
     folder = tmp_path_factory.mktemp("results")
-    base = save_base(folder / "base")
-    drafter, asked = save_drafter(folder / "drafter", base), save_questions(folder / "q.jsonl", 2)
-    common = ["--speculator_path", str(drafter), "--eval_file", str(asked), "--max_generation_length", "6"]
+    asked = save_questions(folder / "q.jsonl", 2)
+    common = ["--speculator_path", models.drafter, "--eval_file", str(asked), "--max_generation_length", "6"]
     common += ["--dtype", "fp32", "--device", "cpu"]
     kinds = {
         "compare": ["--compare", "--turns", "2", "--stop", "zz", "--bad_words", "b"],
         "alone": ["--max_tree_nodes", "4", "--temperature", "1", "--batch_size", "2"],
-        "baseline": ["--autoregressive"],
+        "baseline": ["--autoregressive", "--base_model", models.base],
         "empty": ["--compare", "--max_generation_length", "0", "--max_tree_nodes", "4"],
         "sweep": ["--sweep", "--sweep_widths", "2", "--sweep_lengths", "2", "--sweep_nodes", "auto", "4"],
     }

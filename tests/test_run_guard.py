@@ -48,6 +48,7 @@ def start(code: str, *argv: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_process_that_is_killed_is_free(tmp_path: Path) -> None:
     holder = start(HOLDING, str(tmp_path))
     assert holder.stdout and holder.stdout.readline() == "held\n"
@@ -98,6 +99,7 @@ def test_a_file_system_without_locks_is_said_so(
     ]
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_the_process_at_once() -> None:
     pairs = [(signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)]
     for (first, second), process in [(pair, start(LISTENING)) for pair in pairs]:

@@ -17,16 +17,15 @@ from recurrent_drafting.config import BeamConfig
 from recurrent_drafting.lossless import LosslessReport
 from recurrent_drafting.sweep import SweepSettings, format_table, recommend
 from tests.html_pages import parse
-from tests.text_models import save_base, save_drafter, save_questions
+from tests.text_models import save_drafter, save_questions
 
 FAST = ["--dtype", "fp32", "--device", "cpu", "--max_generation_length", "8"]
 GRID = ["--sweep", "--sweep_widths", "1", "3", "--beam_length", "2", "--sweep_nodes", "auto", "4"]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+def models(base: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     folder = tmp_path_factory.mktemp("models")
-    base = save_base(folder / "base")
     drafter = save_drafter(folder / "drafter", base)
     checkpoint.save_drafter(load_drafter(str(drafter)), drafter, {"data": "abc"})
     return str(drafter), str(save_questions(folder / "q.jsonl", 2))

@@ -18,19 +18,14 @@ from recurrent_drafting import DrafterTrainer, TrainingArguments, tracking
 from recurrent_drafting.errors import NetworkError, UsageError
 from recurrent_drafting.token_rows import Collator, EncodedRow, TokenDataset
 from recurrent_drafting.tracking import Table
-from tests.test_train_speculator import GIVEN, error_line, run, save_chats
-from tests.text_models import save_base
+from tests.test_train_speculator import GIVEN, error_line, run
+from tests.text_models import save_chats
 from tests.tiny import make_drafter, make_verifier
 
 wandb = pytest.importorskip("wandb")
 wandb_internal_pb2 = pytest.importorskip("wandb.proto.wandb_internal_pb2")
 QUIET = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 TABLE = Table("evaluation", ("depth", "loss"), [(1, 0.123456), (2, 2.0)])
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_base(tmp_path_factory.mktemp("tracking") / "base"))
 
 
 @pytest.fixture

@@ -46,13 +46,15 @@ def knowing_drafter(verifier: Verifier) -> Drafter:
     return drafter
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def float64(request: pytest.FixtureRequest) -> tuple[Verifier, Drafter]:
     verifier = make_verifier(request.param)
     return verifier, knowing_drafter(verifier)
 
 
-@pytest.mark.parametrize("beam", BEAMS, ids=str)
+@pytest.mark.parametrize(
+    "beam", [BEAMS[0], *(pytest.param(beam, marks=pytest.mark.slow) for beam in BEAMS[1:])], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_simulated_steps_are_served_steps(family: str, dtype: torch.dtype, beam: BeamConfig) -> None:

@@ -25,23 +25,12 @@ from recurrent_drafting.checkpoint import load_drafter
 from recurrent_drafting.decoding import check_fit
 from recurrent_drafting.trainer import DrafterTrainer, TrainingArguments
 from tests.html_pages import parse
-from tests.text_models import save_base, save_drafter, save_questions
+from tests.text_models import save_chats, save_drafter, save_questions
 from train_speculator import main
 
 FAST = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--save_strategy", "no", "--disable_tqdm", "True"]
 SMALL = ["--model_max_length", "96", "--max_eval_samples", "1", "--seed", "3"]
 GIVEN = ["--targets", "ground_truth"]
-
-
-def save_chats(path: Path, count: int = 8, extra: str = "") -> Path:
-    rows = [{"prompt": f"question {index}", "response": f"the answer is {index * 7}"} for index in range(count)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + extra)
-    return path
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_base(tmp_path_factory.mktemp("train") / "base"))
 
 
 @pytest.fixture
@@ -55,6 +44,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(train_speculator, "SERVE_CHECK_TOKENS", 8)
 
 
 def run(base: str, data: str, *argv: str) -> int:
@@ -359,7 +349,9 @@ class SignalInSecondStep(TrainerCallback):
             os.kill(os.getpid(), self.number)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
+)
 def test_a_signal_in_training_saves_and_resuming_goes_on(
     base: str, chats: str, number: int, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

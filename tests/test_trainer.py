@@ -428,7 +428,7 @@ def training_state(checkpoint: Path) -> dict[str, Any]:
     return {**state, **{name: record[name] for name in ("global_step", "epoch", "best_global_step")}}
 
 
-@pytest.mark.parametrize("times", [1, 2], ids=["plain", "accumulated"])
+@pytest.mark.parametrize("times", [pytest.param(1, marks=pytest.mark.slow), 2], ids=["plain", "accumulated"])
 def test_resuming_from_any_step_gives_the_same_bits(verifier: Verifier, tmp_path: Path, times: int) -> None:
     """An epoch is five (accumulated: three) steps: checkpoints lie within one and at its end."""
     settings = {**SAVING, "max_steps": 7, "weight_decay": 0.1, "gradient_accumulation_steps": times}
@@ -506,6 +506,15 @@ def test_the_drafter_that_is_saved_has_a_manifest_and_loads(verifier: Verifier, 
         assert equal(load_drafter(str(tmp_path / "out")).state_dict(), weights(drafter))
 
 
+@pytest.fixture(scope="module")
+def half_way(verifier: Verifier, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A run's checkpoint after two of its four steps."""
+    folder = tmp_path_factory.mktemp("begun")
+    args = arguments(folder, max_steps=4, **{**SAVING, "save_steps": 2})
+    make_trainer(make_drafter(verifier), verifier, args, uneven_rows(10)).train()
+    return str(folder / "checkpoint-2")
+
+
 @pytest.mark.parametrize(
     ("settings", "rows", "named"),
     [
@@ -519,20 +528,18 @@ def test_the_drafter_that_is_saved_has_a_manifest_and_loads(verifier: Verifier, 
     ],
 )  # fmt: skip
 def test_another_run_is_refused_by_its_differences(
-    verifier: Verifier, tmp_path: Path, settings: dict[str, Any], rows: int, named: str | None
+    verifier: Verifier, half_way: str, tmp_path: Path, settings: dict[str, Any], rows: int, named: str | None
 ) -> None:
-    first = arguments(tmp_path, max_steps=4, **{**SAVING, "save_steps": 2})
-    make_trainer(make_drafter(verifier), verifier, first, uneven_rows(10)).train()
     args = arguments(tmp_path, **{"max_steps": 4, **SAVING, "save_steps": 2, **settings})
     trainer = make_trainer(make_drafter(verifier), verifier, args, uneven_rows(rows))
     if named is None:
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        trainer.train(resume_from_checkpoint=half_way)
         return
     with pytest.raises(ModelError, match=rf"checkpoint-2 was begun with .*{named}.*repeat those or begin a new run"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        trainer.train(resume_from_checkpoint=half_way)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 @pytest.mark.parametrize("save_strategy", ["no", "epoch"])
 def test_a_signal_ends_the_run_after_the_step_and_resuming_gives_the_same_bits(
     verifier: Verifier, tmp_path: Path, number: signal.Signals, save_strategy: str

@@ -15,15 +15,10 @@ from recurrent_drafting.decoding import SpeculativeDecoder
 from recurrent_drafting.errors import DataError
 from recurrent_drafting.sources import Turn
 from tests.mutants import Mutant, applied
-from tests.test_train_speculator import GIVEN, error_line, run, save_chats
-from tests.text_models import load_verifier, make_tokenizer, save_base, save_drafter
+from tests.test_train_speculator import GIVEN, error_line, run
+from tests.text_models import load_verifier, make_tokenizer, save_chats, save_drafter
 
 CONTEXT_FAULT = Mutant("context one too late", "trainer", "hidden[index, at - 1]", "hidden[index, at]")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_base(tmp_path_factory.mktemp("run") / "base"))
 
 
 @pytest.fixture

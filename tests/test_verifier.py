@@ -111,7 +111,10 @@ def test_an_unknown_step_after_the_head_is_found_by_the_probe(dtype: torch.dtype
         Verifier(ScaledLlama(llama_config()).to(dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float16, torch.float32))],
+)
 def test_rounding_is_not_taken_for_a_misfit(dtype: torch.dtype) -> None:
     for family in FAMILIES.values():
         Verifier(family.model(windowed=True).to(dtype))

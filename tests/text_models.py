@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -16,6 +17,13 @@ TEMPLATE = (
     "{% for message in messages %}<s>{{ message['role'] }}:{{ message['content'] }}</s>"
     "{% endfor %}{% if add_generation_prompt %}<s>assistant:{% endif %}"
 )
+
+
+class Models(NamedTuple):
+    """Directories of a base and of a drafter for it."""
+
+    base: str
+    drafter: str
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -58,7 +66,7 @@ def save_base(folder: Path, *, window: int = 512) -> Path:
     return folder
 
 
-def save_drafter(folder: Path, base: Path, **overrides: object) -> Path:
+def save_drafter(folder: Path, base: Path | str, **overrides: object) -> Path:
     """Save a random drafter for a base."""
     torch.manual_seed(1)
     settings: dict[str, object] = {
@@ -72,9 +80,16 @@ def save_drafter(folder: Path, base: Path, **overrides: object) -> Path:
     return folder
 
 
-def load_verifier(base: Path, dtype: str = "fp32") -> Verifier:
+def load_verifier(base: Path | str, dtype: str = "fp32") -> Verifier:
     """Load a saved base."""
     return Verifier.from_pretrained(str(base), dtype, "cpu")
+
+
+def save_chats(path: Path, count: int = 8, extra: str = "") -> Path:
+    """Save conversations of one turn, and a text behind them."""
+    rows = [{"prompt": f"question {index}", "response": f"the answer is {index * 7}"} for index in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + extra)
+    return path
 
 
 def save_questions(path: Path, count: int = 3) -> Path:

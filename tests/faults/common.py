@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import resource
 import subprocess
@@ -11,12 +10,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 import generate_speculator
 import train_speculator
+from tests.text_models import Models
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # Made up; it must appear nowhere but in the requests to the hub.
@@ -27,13 +26,6 @@ GENERATE = ("--dtype", "fp32", "--device", "cpu", "--max_tree_nodes", "6", "--ma
 TRAIN = ("--max_steps", "2", "--per_device_train_batch_size", "4", "--save_strategy", "no", "--disable_tqdm", "True",
          "--model_max_length", "96", "--max_eval_samples", "1", "--targets", "ground_truth", "--output_dir", "out",
          "--serve_check_prompts", "1")  # fmt: skip
-
-
-class Models(NamedTuple):
-    """Directories of a base and of a drafter for it."""
-
-    base: str
-    drafter: str
 
 
 class Pipe(io.TextIOWrapper):
@@ -104,9 +96,3 @@ def process(script: str, argv: Sequence[str], **environment: str) -> subprocess.
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment},
     )
-
-
-def save_chats(path: Path, count: int = 8) -> str:
-    rows = [{"prompt": f"question {index}", "response": f"the answer is {index * 7}"} for index in range(count)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,19 +9,20 @@ import huggingface_hub.constants
 import pytest
 from transformers import AutoTokenizer
 
+import train_speculator
 from recurrent_drafting import local_drafters
 from recurrent_drafting.data import tokenizer_fingerprint
-from tests.faults.common import TOKEN, Models, Pipe, save_chats
+from tests.faults.common import TOKEN, Pipe
 from tests.hub_server import HubServer, standing_in
-from tests.text_models import save_base, save_drafter
+from tests.text_models import Models, save_chats, save_drafter, save_questions
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    folder = tmp_path_factory.mktemp("faults")
-    base = save_base(folder / "base")
+def models(base: str, tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """A drafter that knows the tokenizer of its base."""
     known = tokenizer_fingerprint(AutoTokenizer.from_pretrained(base))
-    return Models(str(base), str(save_drafter(folder / "drafter", base, tokenizer_fingerprint=known)))
+    folder = tmp_path_factory.mktemp("faults") / "drafter"
+    return Models(base, str(save_drafter(folder, base, tokenizer_fingerprint=known)))
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +32,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(train_speculator, "SERVE_CHECK_TOKENS", 8)
     monkeypatch.setattr(local_drafters, "RELEASED", tmp_path / "released")
     monkeypatch.setattr("sys.stdin", Pipe(b""))
     return folder
@@ -39,15 +40,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def chats(tmp_path: Path) -> str:
-    return save_chats(tmp_path / "chats.jsonl")
+    return str(save_chats(tmp_path / "chats.jsonl"))
 
 
 @pytest.fixture
 def questions(tmp_path: Path) -> Path:
-    rows = [{"question_id": 80 + i, "category": "c", "turns": [f"first {i}", f"second {i}"]} for i in range(3)]
-    path = tmp_path / "questions.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return save_questions(tmp_path / "questions.jsonl")
 
 
 @pytest.fixture

@@ -19,6 +19,8 @@ from tests.faults.common import Capture, Main, Models, generate, generate_argv, 
 from tests.test_verifier import REFUSED
 from tests.text_models import make_tokenizer, save_base, save_drafter
 
+pytestmark = pytest.mark.slow
+
 
 def files(folder: Path) -> dict[str, int]:
     return {str(path): path.lstat().st_mtime_ns for path in folder.rglob("*") if not path.is_dir()}

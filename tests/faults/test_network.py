@@ -20,7 +20,8 @@ from tests.faults.common import TOKEN, Capture, Main, Models, generate_argv, out
 from tests.hub_server import CUT, Fault, HubServer, Repository
 from tests.test_hub import SUMMARY
 
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the hub's client
+# The filter is for the hub's client.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")]
 
 REPO = "someone/thing"
 MEMBER = ASSETS["mt-bench"].member

@@ -22,6 +22,8 @@ from recurrent_drafting.verifier import VerifierOutput
 from tests.faults.common import Capture, Models, generate, generate_argv, refused, train_argv
 from tests.text_models import make_tokenizer, save_drafter
 
+pytestmark = pytest.mark.slow
+
 HUGE = 3e38
 EXBIBYTE = 1 << 60
 

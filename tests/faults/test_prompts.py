@@ -21,6 +21,8 @@ from recurrent_drafting import AutoregressiveDecoder, data
 from tests.faults.common import Capture, Models, Pipe, generate, generate_argv, process, refused, train_argv
 from tests.text_models import EOS, load_verifier, make_tokenizer
 
+pytestmark = pytest.mark.slow
+
 GOOD = {"question_id": 1, "category": "c", "turns": ["hello"], "prompt": "hello", "response": "the answer"}
 WINDOW = 512
 # What the chat template adds to one message of a prompt, in tokens.
@@ -347,7 +349,6 @@ def test_ctrl_c_during_a_reply(models: Models, shown: int, more: list[str], monk
 # Readers that leave
 
 
-@pytest.mark.slow
 def test_a_reader_that_leaves_ends_the_scripts_quietly(models: Models) -> None:
     commands = [
         ("generate_speculator.py", generate_argv(models, "--prompt", "hello")),

@@ -68,6 +68,7 @@ def test_a_named_test_exists_and_starts_a_script(name: str) -> None:
     assert reaches_a_script(TESTS / file, function)
 
 
+@pytest.mark.slow
 def test_there_are_enough_cases() -> None:
     """As pytest collects them, each by its own name."""
     files = sorted({str(TESTS / name.partition("::")[0]) for name in NAMED})

@@ -21,7 +21,8 @@ from tests.faults.test_network import REPO, publish
 from tests.hub_server import Fault, HubServer
 from tests.test_hub import SUMMARY
 
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the hub's client
+# The filter is for the hub's client.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")]
 
 VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "PIP_INDEX_URL")
 
@@ -127,12 +128,12 @@ def test_a_package_index_with_a_password(
 ) -> None:
     monkeypatch.setenv(assets.CACHE_VARIABLE, str(tmp_path / "assets"))
     monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.delenv("PIP_NO_INDEX")
     assert outcome(generate_speculator.main, ["--eval_mt_bench"]) == 7
     require_silence(tmp_path, capsys, caplog)
     assert TOKEN not in str(argvs)
 
 
-@pytest.mark.slow
 def test_the_processes_of_a_run(models: Models, chats: str) -> None:
     """As the system shows them to other users."""
     started = process("generate_speculator.py", generate_argv(models, "--prompt", "hello"), HF_TOKEN=TOKEN)

@@ -16,7 +16,10 @@ import train_speculator
 from recurrent_drafting import formats, manifest
 from recurrent_drafting.checkpoint import load_drafter
 from tests import kill_resume
-from tests.faults.common import Capture, Models, little_space, process, refused, save_chats, train, train_argv
+from tests.faults.common import Capture, Models, little_space, process, refused, train, train_argv
+from tests.text_models import save_chats
+
+pytestmark = pytest.mark.slow
 
 SAVED = ["--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1"]
 
@@ -25,7 +28,7 @@ SAVED = ["--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1"]
 def begun(models: Models, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """A data file, and the output directory of a run with two checkpoints and stored hidden states."""
     folder = tmp_path_factory.mktemp("begun")
-    rows = save_chats(folder / "chats.jsonl")
+    rows = str(save_chats(folder / "chats.jsonl"))
     argv = ["--output_dir", str(folder / "out"), "--hidden_state_cache", str(folder / "states")]
     assert train(models.base, rows, *SAVED, *argv) == 0
     return rows, folder
@@ -65,7 +68,7 @@ def test_resuming_with_other_settings(
 
 
 def test_resuming_with_other_data(models: Models, copied: str, tmp_path: Path, capsys: Capture) -> None:
-    other = save_chats(tmp_path / "other.jsonl", 9)
+    other = str(save_chats(tmp_path / "other.jsonl", 9))
     argv = train_argv(models.base, other, *SAVED, "--resume_from_checkpoint", "True")
     refused(train_speculator.main, argv, 4, capsys, "checkpoint-2 was begun with data ")
 
@@ -187,7 +190,6 @@ def test_nothing_to_learn_from(models: Models, rows: list[Any], argv: list[str],
 # Signals, in processes of their own
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "times", "code"),
     [(signal.SIGTERM, 1, 143), (signal.SIGINT, 1, 130), (signal.SIGTERM, 2, 143)],
@@ -213,7 +215,6 @@ def test_a_signal_ends_a_process_in_good_order(models: Models, chats: str, numbe
         assert not Path("out/.lock").exists() and not Path("out/.partial").exists()
 
 
-@pytest.mark.slow
 def test_kill_9_inside_a_save_loses_nothing(capsys: Capture) -> None:
     assert kill_resume.main(["--rounds", "1"]) == 0
     assert "1 of 1" in capsys.readouterr().out
