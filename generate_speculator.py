@@ -126,6 +126,13 @@ def _add_models(parser: cli.ArgumentParser) -> None:
         "copies take nodes of the tree, which has at most beam_width x beam_length + 1",
     )
     beam.add_argument(
+        "--recycled_nodes",
+        type=int,
+        metavar="N",
+        help="verified nodes that are remembered: what the base said there counts where their token comes again; "
+        "0 = none (default: the drafter's own)",
+    )
+    beam.add_argument(
         "--max_tree_nodes",
         type=cli.auto_or_int,
         metavar="auto|N",
@@ -179,7 +186,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     from recurrent_drafting.delivery import DeliverySettings
 
     least = {"max_num_prompts": 1, "max_prompt_length": 1, "batch_size": 1, "turns": 1}
-    least |= {"num_threads": 1, "max_generation_length": 0, "beam_width": 1, "beam_length": 1, "lookup_length": 0}
+    least |= {"num_threads": 1, "max_generation_length": 0, "beam_width": 1, "beam_length": 1}
+    least |= {"lookup_length": 0, "recycled_nodes": 0}
     cli.require_least(args, least)
     BeamConfig(max_nodes=cli.fixed_number(args.max_tree_nodes))
     if args.greedy_search and args.temperature:
@@ -286,6 +294,7 @@ def run_settings(args: argparse.Namespace, models: Models) -> RunSettings:
             length=args.beam_length or own.beam_length,
             max_nodes=nodes,
             lookup_length=own.lookup_length if args.lookup_length is None else args.lookup_length,
+            recycled_nodes=own.recycled_nodes if args.recycled_nodes is None else args.recycled_nodes,
         ),
         auto_tree=nodes is None,
         stop=StopStrings(models.tokenizer, args.stop) if args.stop else None,

@@ -82,6 +82,12 @@ def _add_drafter(parser: cli.ArgumentParser) -> None:
         default=DrafterSettings.lookup_length,
         help="tokens that decoding copies from the text's own past where it repeats; saved as the drafter's default",
     )
+    group.add_argument(
+        "--recycled_nodes",
+        type=int,
+        default=DrafterSettings.recycled_nodes,
+        help="verified nodes whose predictions decoding uses again; saved as the drafter's default",
+    )
 
 
 def _add_data(parser: cli.ArgumentParser) -> None:

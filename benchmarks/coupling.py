@@ -21,7 +21,7 @@ from recurrent_drafting.checkpoint import load_drafter
 
 _SETTINGS = (
     *("dtype", "prompts", "new_tokens", "batch_size", "max_tree_nodes"),
-    *("lookup_length", "temperatures", "strengths", "seed"),
+    *("lookup_length", "recycled_nodes", "temperatures", "strengths", "seed"),
 )
 
 
@@ -31,8 +31,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     tokenizer = data.load_tokenizer(args.base_model)
     drafter = load_drafter(args.speculator_path)
     beam = drafter.config.beam
-    if args.lookup_length is not None:
-        beam = replace(beam, lookup_length=args.lookup_length)
+    for name in ("lookup_length", "recycled_nodes"):
+        if getattr(args, name) is not None:
+            beam = replace(beam, **{name: getattr(args, name)})
     questions, _ = prompt_files.load_questions("mt-bench", args.prompts, spread=True)
     rows: list[dict[str, Any]] = []
     for temperature in args.temperatures:
@@ -62,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = harness.build_parser(
         __doc__, dtype="auto", prompts=80, new_tokens=64, batch_size=8, max_tree_nodes=16, seed=1
     )
-    parser.add_argument("--lookup_length", type=int, help="default: the drafter's own")
+    for name in ("lookup_length", "recycled_nodes"):
+        parser.add_argument(f"--{name}", type=int, help="default: the drafter's own")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.3, 0.7, 1.0])
     parser.add_argument(
         "--strengths", type=float, nargs="+", default=[0.0, 1.0], help="0 is off; else the drafter's error temperature"

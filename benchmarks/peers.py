@@ -233,19 +233,19 @@ def make_methods(verifier: Verifier, args: argparse.Namespace) -> tuple[dict[str
     """Build everything that runs in this process."""
     drafter = load_drafter(args.speculator_path)
 
-    def decoder(lookup_length: int) -> SpeculativeDecoder:
-        beam = replace(drafter.config.beam, max_nodes=args.max_tree_nodes, lookup_length=lookup_length)
+    def decoder(**changes: int) -> SpeculativeDecoder:
+        beam = replace(drafter.config.beam, max_nodes=args.max_tree_nodes, **changes)
         settings = evaluation.RunSettings(args.base_model, args.speculator_path, batch_size=args.batch_size, beam=beam)
         return evaluation.speculative_decoder(verifier, drafter, settings)
 
-    speculative = decoder(drafter.config.lookup_length)
+    speculative = decoder()
     methods = {
         "baseline": timed(Ours(AutoregressiveDecoder(verifier), args)),
         "speculative": timed(Ours(speculative, args)),
         "transformers_generate": timed(hf_generate(verifier, args)),
     }
-    if drafter.config.lookup_length:
-        methods["drafter_alone"] = timed(Ours(decoder(0), args))
+    if drafter.config.lookup_length or drafter.config.recycled_nodes:
+        methods["drafter_alone"] = timed(Ours(decoder(lookup_length=0, recycled_nodes=0), args))
     if args.batch_size == 1 and not args.temperature:
         methods["bare_loop"] = timed(bare_loop(verifier, args))
         if args.prompt_lookup:

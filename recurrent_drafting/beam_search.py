@@ -11,6 +11,7 @@ from torch import Tensor
 from recurrent_drafting.config import BeamConfig
 from recurrent_drafting.draft_tree import Beams
 from recurrent_drafting.drafter import Drafter
+from recurrent_drafting.recycling import RecycledNodes
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Coupling:
     """What coupled drafting knows of the draws to come.
 
     Args:
-        noise: Gumbel noise of the drafted positions over the draft vocabulary, ``[B, L, V_d]``.
+        noise: Gumbel noise of the drafted positions over the verifier's vocabulary, ``[B, L, V]``.
         warp: the request's own temperature and filters, as a function of logits ``[R, V_d]``.
         temperature: allowance s for the drafter's own error.
         sharpness: power c of the drafter's distribution before noise is added; 1 suits an exact drafter.
@@ -29,6 +30,64 @@ class Coupling:
     temperature: float
     sharpness: float = 1.0
 
+    def score(self, logits: Tensor, depth: int, draft_token_ids: Tensor, further: Tensor) -> Tensor:
+        """Return ``(c log q + G) / s`` of what a depth may propose, up to a constant per beam, ``[B, W', V_d + n]``.
+
+        Args:
+            logits: of the same tokens, float32 ``[B, W', V_d + n]``.
+            depth: from 0.
+            draft_token_ids: the draft vocabulary, int64 ``[V_d]``.
+            further: other tokens of each beam, int64 ``[B, W', n]``.
+        """
+        beams = logits.shape[1]
+        warped = self.warp(logits.flatten(0, 1)).view(logits.shape)
+        row = self.noise[:, depth].unsqueeze(1)
+        drafted, others = row[..., draft_token_ids], row.expand(-1, beams, -1).gather(2, further)
+        noise = torch.cat([drafted.float().expand(-1, beams, -1), others.float()], dim=2)
+        return (self.sharpness * warped + noise) / self.temperature
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What is known of the next tokens besides the drafter's word.
+
+    Args:
+        coupling: noise of the coming draws, or None.
+        recycled: nodes verified before, whose predictions are mixed into the drafter's, or None.
+    """
+
+    coupling: Coupling | None = None
+    recycled: RecycledNodes | None = None
+
+    def before(self, root: Tensor) -> Tensor:
+        """Return the token before each root, int64 ``[B]``; without recycled nodes nobody asks, and it is the root."""
+        return root if self.recycled is None else self.recycled.before
+
+    def apply(
+        self, logits: Tensor, depth: int, draft_token_ids: Tensor, tokens: Tensor, before: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Score what may follow each beam at a depth.
+
+        Args:
+            logits: the drafter's, ``[B, W', V_d]``.
+            depth: from 0.
+            draft_token_ids: the draft vocabulary, int64 ``[V_d]``.
+            tokens: last token of each beam, int64 ``[B, W']``.
+            before: the token before it, int64 ``[B, W']``.
+
+        Returns:
+            Scores, log-probabilities up to a constant per beam, float32 ``[B, W', V_d + n]``: of the draft
+            vocabulary and of n further tokens, int64 ``[B, W', n]``, n = 0 without recycled nodes.
+        """
+        further = tokens.new_empty(*tokens.shape, 0)
+        if self.recycled is not None:
+            found = self.recycled.look_up(tokens, before)
+            logits, further = self.recycled.blend(logits, found), found.tokens
+        logits = logits.float()
+        if self.coupling is not None:
+            logits = self.coupling.score(logits, depth, draft_token_ids, further)
+        return logits, further
+
 
 def draft(  # noqa: PLR0913, PLR0917 - six that say what to draft, one that says how far
     drafter: Drafter,
@@ -36,7 +95,7 @@ def draft(  # noqa: PLR0913, PLR0917 - six that say what to draft, one that says
     root: Tensor,
     embed: Callable[[Tensor], Tensor],
     beam: BeamConfig,
-    coupling: Coupling | None = None,
+    hints: Hints = Hints(),
     worth_going_on: Callable[[Tensor], bool] | None = None,
 ) -> Beams:
     """Keep the W most likely continuations at each of L depths.
@@ -50,7 +109,7 @@ def draft(  # noqa: PLR0913, PLR0917 - six that say what to draft, one that says
         root: the token chosen after it, int64 ``[B]``.
         embed: the verifier's token embedding, int64 ``[...]`` -> ``[..., H]``.
         beam: width and length; a width above the draft vocabulary is cut to it.
-        coupling: noise of the coming draws, or None.
+        hints: noise of the coming draws, and nodes verified before; default neither.
         worth_going_on: gets the path log-probabilities so far, float32 ``[B, depths, W]``, and tells whether
             another depth pays; None drafts all L.
 
@@ -58,40 +117,52 @@ def draft(  # noqa: PLR0913, PLR0917 - six that say what to draft, one that says
         Every beam kept at every drafted depth, in the verifier's token ids. A row for which the drafter's
         logits are not finite at some depth has ``-inf`` throughout: nothing of it must be proposed.
     """
-    batch = context.shape[0]
-    width = min(beam.width, drafter.draft_token_ids.shape[0])
+    width, draft_token_ids = min(beam.width, len(drafter.draft_token_ids)), drafter.draft_token_ids
     embeddings = embed(root).unsqueeze(1)
     state = drafter.advance(drafter.initial_state(embeddings), embeddings)
-    scores = torch.zeros(batch, 1, device=context.device)
-    sound = torch.ones(batch, dtype=torch.bool, device=context.device)
+    scores = torch.zeros(len(root), 1, device=context.device)
+    sound = torch.ones(len(root), dtype=torch.bool, device=context.device)
+    tokens, before = root.unsqueeze(1), hints.before(root).unsqueeze(1)
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     for depth in range(beam.length):
         logits = drafter.logits(context.unsqueeze(1).expand(-1, state.shape[1], -1), state)
-        values, draft_ids = _expand(logits, width, depth, coupling)
+        choices, further = hints.apply(logits, depth, draft_token_ids, tokens, before)
+        values, places = _expand(choices, width)
         # NaN, and infinity less infinity; a filtered token's -inf is none of them.
         sound = sound & ~values.isnan().flatten(1).any(dim=1)
         scores, best = _best(scores.unsqueeze(2) + values, width)
-        parents = best // width
-        tokens = drafter.draft_token_ids[draft_ids.flatten(1).gather(1, best)]
+        parents, places = best // width, places.flatten(1).gather(1, best)
+        before, tokens = tokens.gather(1, parents), _token_ids(places, parents, draft_token_ids, further)
         kept.append((tokens, parents, scores))
         if depth + 1 < beam.length:
             if worth_going_on is not None and not worth_going_on(torch.stack([part[2] for part in kept], dim=1)):
                 break
-            index = parents.unsqueeze(2).expand(-1, -1, state.shape[2])
-            state = drafter.advance(state.gather(1, index), embed(tokens))
+            state = state.gather(1, parents.unsqueeze(2).expand(-1, -1, state.shape[2]))
+            state = drafter.advance(state, embed(tokens))
     return _stacked(kept, sound)
 
 
-def _expand(logits: Tensor, width: int, depth: int, coupling: Coupling | None) -> tuple[Tensor, Tensor]:
-    """Return the ``width`` best next tokens of each beam: log-probabilities and draft ids ``[B, W', W]``."""
-    logits = logits.float()
-    if coupling is not None:
-        batch, beams, vocab = logits.shape
-        warped = coupling.warp(logits.reshape(-1, vocab)).view(batch, beams, vocab)
-        # Log-probabilities would differ from these by a constant per beam, which ``logsumexp`` below takes out.
-        logits = (coupling.sharpness * warped + coupling.noise[:, depth].unsqueeze(1).float()) / coupling.temperature
-    values, draft_ids = logits.topk(width, dim=-1)
-    return values - logits.logsumexp(dim=-1, keepdim=True), draft_ids
+def _expand(choices: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Return the ``width`` best choices of each beam: log-probabilities and places ``[B, W', W]``."""
+    values, places = choices.topk(width, dim=-1)
+    return values - choices.logsumexp(dim=-1, keepdim=True), places
+
+
+def _token_ids(places: Tensor, parents: Tensor, draft_token_ids: Tensor, further: Tensor) -> Tensor:
+    """Return the verifier's ids of the choices, int64 ``[B, W]``.
+
+    Args:
+        places: among the draft vocabulary and then a beam's further tokens, int64 ``[B, W]``.
+        parents: the beam that each was a choice of, int64 ``[B, W]``.
+        draft_token_ids: the draft vocabulary, int64 ``[V_d]``.
+        further: of each beam, int64 ``[B, W', n]``.
+    """
+    known = len(draft_token_ids)
+    tokens = draft_token_ids[places.clamp(max=known - 1)]
+    if not further.shape[2]:
+        return tokens
+    theirs = further.gather(1, parents.unsqueeze(2).expand(-1, -1, further.shape[2]))
+    return torch.where(places < known, tokens, theirs.gather(2, (places - known).clamp(min=0).unsqueeze(2)).squeeze(2))
 
 
 def _best(totals: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -53,6 +53,8 @@ class BeamConfig:
             the request's temperature; 0 turns coupling off. It has no effect on greedy decoding.
         lookup_length: tokens copied from the text's own past where its last ones stood before (prompt lookup);
             they compete with the drafter's for the tree's nodes. 0, as in the paper, copies nothing.
+        recycled_nodes: verified nodes that are remembered, so that what the verifier said there is mixed into the
+            drafter's distribution where their token comes again (token recycling). 0, as in the paper, none.
 
     Raises:
         UsageError: a value is out of range.
@@ -63,6 +65,7 @@ class BeamConfig:
     max_nodes: int | None = None
     coupling: float = 1.0
     lookup_length: int = 0
+    recycled_nodes: int = 0
 
     def __post_init__(self) -> None:
         for name in ("width", "length"):
@@ -75,6 +78,8 @@ class BeamConfig:
         _require(valid, "coupling", "a finite number >= 0", self.coupling)
         valid = _is_int(self.lookup_length) and self.lookup_length >= 0
         _require(valid, "lookup_length", "an integer >= 0", self.lookup_length)
+        valid = _is_int(self.recycled_nodes) and self.recycled_nodes >= 0
+        _require(valid, "recycled_nodes", "an integer >= 0", self.recycled_nodes)
 
 
 @dataclass(frozen=True)
@@ -199,6 +204,7 @@ class RecurrentDraftingConfig(PretrainedConfig):
         beam_width: default beam width W.
         beam_length: default beam length L.
         lookup_length: default number of tokens that prompt lookup copies.
+        recycled_nodes: default number of verified nodes that are remembered.
         verifier_name_or_path: the base model it was trained for, for messages and defaults.
         verifier_fingerprint: identity of the base model's weights, ``None`` if unknown.
         tokenizer_fingerprint: identity of the vocabulary, ``None`` if unknown.
@@ -220,6 +226,7 @@ class RecurrentDraftingConfig(PretrainedConfig):
     beam_width: int = BeamConfig.width
     beam_length: int = BeamConfig.length
     lookup_length: int = BeamConfig.lookup_length
+    recycled_nodes: int = BeamConfig.recycled_nodes
     verifier_name_or_path: str | None = None
     verifier_fingerprint: str | None = None
     tokenizer_fingerprint: str | None = None
@@ -244,7 +251,12 @@ class RecurrentDraftingConfig(PretrainedConfig):
     @property
     def beam(self) -> BeamConfig:
         """Return how the drafter is meant to draft, its whole tree verified."""
-        return BeamConfig(width=self.beam_width, length=self.beam_length, lookup_length=self.lookup_length)
+        return BeamConfig(
+            width=self.beam_width,
+            length=self.beam_length,
+            lookup_length=self.lookup_length,
+            recycled_nodes=self.recycled_nodes,
+        )
 
 
 AutoConfig.register(RecurrentDraftingConfig.model_type, RecurrentDraftingConfig, exist_ok=True)

@@ -26,6 +26,7 @@ from recurrent_drafting.kv_cache import VerifierCache
 from recurrent_drafting.metrics import DecodingStats
 from recurrent_drafting.packed_model import decoding_twin
 from recurrent_drafting.prompt_lookup import Copies, RepeatIndex, join
+from recurrent_drafting.recycling import RecycledNodes
 from recurrent_drafting.sampling import Sampler, warp
 from recurrent_drafting.tree_budget import DraftBudget, LatencyCurve, LatencyTable
 from recurrent_drafting.verifier import Verifier, VerifierOutput
@@ -141,6 +142,7 @@ class _Batch:
         root: the token chosen after it, int64 ``[B]``.
         budget: what drafting may cost, None where the tree's size is fixed.
         repeats: the text of each live row for prompt lookup, empty without.
+        recycled: the nodes verified last, None without token recycling.
     """
 
     replies: list[_Reply]
@@ -150,6 +152,7 @@ class _Batch:
     root: Tensor
     budget: DraftBudget | None = None
     repeats: list[RepeatIndex] = field(default_factory=list)
+    recycled: RecycledNodes | None = None
 
     def drop_finished(self) -> None:
         """Let rows leave whose reply has ended, so that no work is done for them."""
@@ -162,6 +165,8 @@ class _Batch:
             self.cache.select(live)
             self.sampler.select(live)
             self.context, self.root = self.context[live], self.root[live]
+            if self.recycled is not None:
+                self.recycled.select(live)
 
 
 class _Decoder(ABC):
@@ -273,6 +278,9 @@ class _Decoder(ABC):
             batch.context = output.hidden[torch.arange(len(last), device=last.device), last]
             bonus = [tokens[-1] for tokens in accepted.tokens]
             batch.root = torch.tensor(bonus, device=batch.root.device)
+        if batch.recycled is not None:
+            with stats.phase("draft"):
+                batch.recycled.record(tree, output.logits, last)
         stats.forwards += 1
         stats.nodes += tree.num_nodes * len(batch.replies)
         kept = [reply.add_step(tokens) for reply, tokens in zip(batch.replies, accepted.tokens, strict=True)]
@@ -393,6 +401,8 @@ class SpeculativeDecoder(_Decoder):
             batch.budget = DraftBudget(table, self.beam, self._max_tree_nodes)
         if self.beam.lookup_length:
             batch.repeats = [RepeatIndex(prompt + reply.tokens) for prompt, reply in zip(prompts, replies, strict=True)]
+        last = torch.tensor([prompt[-1] for prompt in prompts], device=batch.root.device)
+        batch.recycled = RecycledNodes.of(last, self.drafter, self.beam.recycled_nodes)
         return batch
 
     def _propose(self, batch: _Batch) -> DraftTree:
@@ -405,7 +415,7 @@ class SpeculativeDecoder(_Decoder):
             batch.root,
             self.verifier.embed,
             self.beam,
-            self._coupling(batch),
+            beam_search.Hints(self._coupling(batch), batch.recycled),
             None if budget is None else budget.worth_going_on,
         )
         failed = beams.log_probs.isneginf().flatten(1).all(dim=1)
@@ -443,12 +453,11 @@ class SpeculativeDecoder(_Decoder):
         sampling = batch.sampler.config
         if self.beam.coupling == 0:
             return None
-        tokens = self.drafter.draft_token_ids
-        noise = batch.sampler.upcoming_noise(range(len(batch.replies)), self.beam.length, token_ids=tokens)
+        noise = batch.sampler.upcoming_noise(range(len(batch.replies)), self.beam.length)
         if noise is None:
             return None
         return beam_search.Coupling(
-            noise=noise.float(),
+            noise=noise,
             warp=lambda logits: warp(logits, sampling),
             # The request's temperature has stretched the drafter's error with its logits.
             temperature=self.beam.coupling / sampling.temperature,

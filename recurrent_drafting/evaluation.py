@@ -384,6 +384,7 @@ class Evaluation:
     def _summary(self, main: str, rows: list[_Row]) -> dict[str, Any]:
         settings, stats = self._settings, self._stats[main]
         note = assets.ASSETS[settings.base_model].note if settings.base_model in assets.ASSETS else None
+        beam = self._speculative.beam if main == "speculative" and self._speculative else None
         return {
             "method": main,
             "base_model": settings.base_model,
@@ -401,7 +402,8 @@ class Evaluation:
             "tau": stats.tau,
             "acceptance_by_depth": stats.acceptance_by_depth,
             "mean_tree_nodes": stats.mean_nodes,
-            "lookup_length": self._speculative.beam.lookup_length if main == "speculative" and self._speculative else 0,
+            "lookup_length": beam.lookup_length if beam else 0,
+            "recycled_nodes": beam.recycled_nodes if beam else 0,
             "phase_seconds": stats.phase_seconds,
         }
 
@@ -563,6 +565,8 @@ def format_summary(summary: dict[str, Any]) -> str:
         )
         if s["lookup_length"]:
             lines.append(f"  prompt lookup: up to {s['lookup_length']} tokens are copied where the text repeats")
+        if s["recycled_nodes"]:
+            lines.append(f"  token recycling: the last {s['recycled_nodes']} verified nodes are remembered")
     total = max(s["seconds"], 1e-9)
     split = ", ".join(f"{name} {seconds / total:.1%}" for name, seconds in s["phase_seconds"].items())
     lines.append(f"  time split: {split}")

@@ -260,7 +260,8 @@ def _shape(config: RecurrentDraftingConfig) -> str:
         f"Hidden size {config.hidden_size}, head width {config.exit_dim}, {config.num_draft_layers} residual blocks, "
         f"{config.draft_vocab_size or config.vocab_size} of {config.vocab_size} tokens drafted, trained for "
         f"{config.num_draft_tokens} tokens ahead; default beams {config.beam_width} x {config.beam_length}"
-        + (f", up to {config.lookup_length} tokens copied where the text repeats." if config.lookup_length else ".")
+        + (f", up to {config.lookup_length} tokens copied where the text repeats" if config.lookup_length else "")
+        + (f", predictions of {config.recycled_nodes} verified nodes used again." if config.recycled_nodes else ".")
     )
 
 

@@ -82,7 +82,7 @@ def _key(verifier: Verifier, drafter: Drafter, beam: BeamConfig) -> dict[str, An
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {processor()}",
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
-        "beam": [beam.width, beam.length],
+        "beam": [beam.width, beam.length, beam.recycled_nodes],
         "drafter": {name: getattr(drafter.config, name) for name in _DRAFTER_SHAPE},
         "versions": {name: metadata.version(name) for name in ("torch", "transformers")},
     }

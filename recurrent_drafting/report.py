@@ -219,6 +219,8 @@ def _tiles(summary: dict[str, Any]) -> str:
         nodes = f"tokens per verifier step; {number(summary.get('mean_tree_nodes'), '.1f')} tree nodes"
         if summary.get("lookup_length"):
             nodes += f", up to {summary['lookup_length']} tokens copied where the text repeats"
+        if summary.get("recycled_nodes"):
+            nodes += f", {summary['recycled_nodes']} verified nodes remembered"
         tiles.append(("tau", number(summary.get("tau"), ".3f"), nodes))
     baseline = summary.get("baseline_tokens_per_second")
     against = "" if baseline is None else f"baseline {number(baseline, '.1f')}"

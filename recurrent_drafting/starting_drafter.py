@@ -23,7 +23,7 @@ from recurrent_drafting.verifier import Verifier
 
 # A named drafter has these; the others, of beams and copies, are defaults of decoding that may change.
 _SHAPE = {"exit_dim_multiplier", "draft_vocab_size", "rnn", "drafter_num_layers"}
-DECODING = ("beam_width", "beam_length", "lookup_length")
+DECODING = ("beam_width", "beam_length", "lookup_length", "recycled_nodes")
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,10 @@ class DrafterSettings:
         exit_dim_multiplier: exit_dim of a new drafter, as a multiple of the hidden size.
         draft_vocab_size: tokens that a new drafter may propose, "0" for all, or "auto".
         rnn: a new drafter's hidden state is recurrent.
-        beam_width: kept as the drafter's default; None leaves a named drafter its own, so do the next two.
+        beam_width: kept as the drafter's default; None leaves a named drafter its own, so do the next three.
         beam_length: the same.
         lookup_length: the same.
+        recycled_nodes: the same.
 
     Raises:
         UsageError: a value is out of range, or an evaluation names no drafter.
@@ -58,6 +59,7 @@ class DrafterSettings:
     beam_width: int | None = RecurrentDraftingConfig.beam_width
     beam_length: int | None = RecurrentDraftingConfig.beam_length
     lookup_length: int | None = RecurrentDraftingConfig.lookup_length
+    recycled_nodes: int | None = RecurrentDraftingConfig.recycled_nodes
 
     def __post_init__(self) -> None:
         cli.require_least(self, {"drafter_num_layers": 0})
@@ -87,7 +89,7 @@ class DrafterSettings:
             )
 
     def decoding_defaults(self) -> dict[str, Any]:
-        """Return what is to be kept of beams and copies, by name."""
+        """Return what is to be kept of beams, copies and recycling, by name."""
         return {name: value for name in DECODING if (value := getattr(self, name)) is not None}
 
 

@@ -160,9 +160,9 @@ class Sweep:
         self._grid = grid
         self._baseline = AutoregressiveDecoder(verifier)
         self._decoders: dict[BeamConfig, SpeculativeDecoder] = {}
-        lookup_length = (settings.beam or drafter.config.beam).lookup_length
+        own = settings.beam or drafter.config.beam
         for beam in tqdm(grid.beams(), desc="latency curves", unit="shape"):
-            shape = replace(beam, lookup_length=lookup_length)
+            shape = replace(beam, lookup_length=own.lookup_length, recycled_nodes=own.recycled_nodes)
             shaped = replace(settings, beam=shape, auto_tree=beam.max_nodes is None)
             decoder = evaluation.speculative_decoder(
                 verifier, drafter, shaped, allow_base_mismatch=allow_base_mismatch, repeats=_TIMINGS

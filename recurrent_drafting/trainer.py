@@ -372,8 +372,8 @@ class DrafterTrainer(ResumableTrainer):
         return self.args.world_size if self.args.average_tokens_across_devices else 1
 
     def beam(self) -> BeamConfig:
-        """Return the shape of beams and tree that evaluation uses: the drafter's own, of fixed size, nothing copied."""
-        return replace(self.drafter.config.beam, lookup_length=0)
+        """Return the shape of beams and tree that evaluation uses: the drafter's own, nothing copied or recycled."""
+        return replace(self.drafter.config.beam, lookup_length=0, recycled_nodes=0)
 
     def _supervise(self, inputs: dict[str, Tensor]) -> Supervision:
         ids, mask, depths = inputs["input_ids"], inputs["loss_mask"], self.args.drafter_predict_n_tokens

@@ -18,6 +18,7 @@ from recurrent_drafting.config import BeamConfig
 from recurrent_drafting.draft_tree import DraftTree
 from recurrent_drafting.drafter import Drafter
 from recurrent_drafting.packed_model import decoding_twin
+from recurrent_drafting.recycling import RecycledNodes
 from recurrent_drafting.verifier import Verifier
 
 # Tree sizes that are timed; a step verifies one of them, so shapes stay few.
@@ -74,10 +75,11 @@ class LatencyCurve:
         samples: dict[int, list[float]] = {n: [] for n in [0, *sizes]}
         root = torch.ones(batch_size, dtype=torch.long, device=verifier.device)
         twin: Any = decoding_twin(drafter)
+        hints = beam_search.Hints(recycled=RecycledNodes.of(root, drafter, beam.recycled_nodes))
         for _ in range(repeats + 1):
             start = time.perf_counter()
             with torch.inference_mode():
-                beams = beam_search.draft(twin, hidden, root, verifier.embed, beam)
+                beams = beam_search.draft(twin, hidden, root, verifier.embed, beam, hints)
                 DraftTree.from_beams(root, beams).parents.tolist()  # waits for the device
             samples[0].append(time.perf_counter() - start)
             for size in sizes:

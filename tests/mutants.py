@@ -511,22 +511,22 @@ MUTANTS = [
     Mutant(
         "coupled drafting looks a position too far",
         "decoding",
-        "self.beam.length, token_ids=tokens)\n        if noise",
-        "self.beam.length, skip=1, token_ids=tokens)\n        if noise",
+        "self.beam.length)\n        if noise",
+        "self.beam.length, skip=1)\n        if noise",
         check="acceptance",
     ),
     Mutant(
         "coupled drafting uses one noise at all depths",
         "beam_search",
-        "coupling.noise[:, depth]",
-        "coupling.noise[:, 0]",
+        "self.noise[:, depth]",
+        "self.noise[:, 0]",
         check="acceptance",
     ),
     Mutant(
         "the drafter's state takes in the wrong beam",
         "beam_search",
-        "index = parents.unsqueeze(2)",
-        "index = parents.flip(1).unsqueeze(2)",
+        "state.gather(1, parents.unsqueeze(2)",
+        "state.gather(1, parents.flip(1).unsqueeze(2)",
         check="acceptance",
     ),
 ]

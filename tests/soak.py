@@ -76,7 +76,9 @@ class Soak:
         verifier = load_verifier(base, "fp64")
         self.differences = 0
         self.baseline = AutoregressiveDecoder(verifier)
-        self.speculative = SpeculativeDecoder(verifier, drafter, BeamConfig(4, 4, 8, lookup_length=8))
+        self.speculative = SpeculativeDecoder(
+            verifier, drafter, BeamConfig(4, 4, 8, lookup_length=8, recycled_nodes=64)
+        )
         self.tokenizer = make_tokenizer()
 
     def decode(self, number: int) -> int:

@@ -33,6 +33,7 @@ ORDER = (
     "drafter",
     "manifest",
     "checkpoint",
+    "recycling",
     "beam_search",
     "verifier",
     "metrics",

@@ -29,6 +29,7 @@ CHECKS: list[tuple[Callable[..., object], str, str, str, list[object], list[obje
     (BeamConfig, "max_nodes", "max_nodes", "an integer >= 1 or None", NOT_POSITIVE_INT, [None, 1, 1000]),
     (BeamConfig, "coupling", "coupling", "a finite number >= 0", [-0.1, *NOT_FINITE], [0, 0.0, 0.3, 5]),
     (BeamConfig, "lookup_length", "lookup_length", "an integer >= 0", NOT_NATURAL_INT, [0, 7]),
+    (BeamConfig, "recycled_nodes", "recycled_nodes", "an integer >= 0", NOT_NATURAL_INT, [0, 7]),
     (SamplingConfig, "temperature", "temperature", "a finite number >= 0", [-1e-9, *NOT_FINITE], [0, 0.0, 1e-3, 2]),
     (SamplingConfig, "top_k", "top_k", "an integer >= 0", NOT_NATURAL_INT, [0, 1, 10**6]),
     (SamplingConfig, "top_p", "top_p", "in (0, 1]", [0, 0.0, -0.1, 1.0001, *NOT_FINITE], [1, 1e-9, 1.0]),
@@ -62,6 +63,7 @@ CHECKS: list[tuple[Callable[..., object], str, str, str, list[object], list[obje
     (shape, "beam_width", "beam width", "an integer >= 1", [0, -1, True], [1]),
     (shape, "beam_length", "beam length", "an integer >= 1", [0, -1, True], [1]),
     (shape, "lookup_length", "lookup_length", "an integer >= 0", [-1, True], [0, 9]),
+    (shape, "recycled_nodes", "recycled_nodes", "an integer >= 0", [-1, True], [0, 9]),
 ]
 NO_NUMBER = ["0.5", None, True]
 OTHER_TYPES: list[tuple[Callable[..., object], str, list[object]]] = [

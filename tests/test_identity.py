@@ -55,7 +55,7 @@ def random_case(rng: random.Random) -> Case:
         prompts=prompts,
         requests=rng.sample(range(100), batch),
         sampling=SamplingConfig(**settings),
-        beam=BeamConfig(width, length, max_nodes, coupling=rng.choice([0.0, 1.0]), lookup_length=lookup_length),
+        beam=BeamConfig(width, length, max_nodes, rng.choice([0.0, 1.0]), lookup_length, rng.choice([0, 5, 64])),
         oracle=rng.random() < 0.7,
         probability=rng.uniform(0.5, 0.9),
         as_tensor=rng.random() < 0.5,

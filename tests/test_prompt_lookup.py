@@ -100,7 +100,7 @@ def reference(kept: Beams, copied: Copies, row: int) -> dict[tuple[int, ...], fl
             if before in own and depth < length:
                 q = math.exp(own[here] - own[before]) if here in own else 0.01
                 q = min(max(q, 1e-3), 1 - 1e-3)
-                p = 1 / (1 + math.exp(-(1.10 + 0.77 * odds(repeat) + 0.45 * odds(q))))
+                p = 1 / (1 + math.exp(-(0.7 + 0.7 * odds(repeat) + 0.5 * odds(q))))
                 rest[before] = math.log((1 - p) / (1 - q))
             else:
                 p = repeat

@@ -31,7 +31,7 @@ def test_a_new_drafter_depends_on_its_seed_and_leaves_the_global_generator_alone
 
 def test_a_named_drafter_keeps_its_shape_and_its_own_beams() -> None:
     named = replace(NEW, drafter_name_or_path="here", beam_width=None, beam_length=None)
-    assert named.decoding_defaults() == {"lookup_length": 0}
+    assert named.decoding_defaults() == {"lookup_length": 0, "recycled_nodes": 0}
     named.refuse_shape({"beam_width", "seed"})
     NEW.refuse_shape({"rnn"})
     with pytest.raises(UsageError, match="--drafter_num_layers shapes a new drafter, and here has its shape"):

@@ -486,6 +486,7 @@ def test_parse_errors(argv: list[str], expected: str, capsys: pytest.CaptureFixt
         (["--exit_dim_multiplier", "0"], "--exit_dim_multiplier must be > 0 and finite, got 0.0"),
         (["--exit_dim_multiplier", "nan"], "--exit_dim_multiplier must be > 0 and finite, got nan"),
         (["--lookup_length", "-1"], "lookup_length must be an integer >= 0"),
+        (["--recycled_nodes", "-1"], "recycled_nodes must be an integer >= 0"),
         (["--resume_from_checkpoint", "True"], "expected a complete checkpoint in out, found none"),
         (["--draft_vocab_size", "259"], "draft_vocab_size must be auto or in 0..258, got '259'"),
         (["--draft_vocab_size", "some"], "--draft_vocab_size must be auto or a number >= 0, got 'some'"),
