@@ -110,8 +110,7 @@ def draft(  # noqa: PLR0913, PLR0917 - six that say what to draft, one that says
         embed: the verifier's token embedding, int64 ``[...]`` -> ``[..., H]``.
         beam: width and length; a width above the draft vocabulary is cut to it.
         hints: noise of the coming draws, and nodes verified before; default neither.
-        worth_going_on: gets the path log-probabilities so far, float32 ``[B, depths, W]``, and tells whether
-            another depth pays; None drafts all L.
+        worth_going_on: tells from the path log-probabilities so far, ``[B, depths, W]``, whether another depth pays.
 
     Returns:
         Every beam kept at every drafted depth, in the verifier's token ids. A row for which the drafter's
