@@ -246,6 +246,8 @@ def make_methods(verifier: Verifier, args: argparse.Namespace) -> tuple[dict[str
     }
     if drafter.config.lookup_length or drafter.config.recycled_nodes:
         methods["drafter_alone"] = timed(Ours(decoder(lookup_length=0, recycled_nodes=0), args))
+    if drafter.config.lookup_length and drafter.config.recycled_nodes:
+        methods["prompt_lookup_alone"] = timed(Ours(decoder(recycled_nodes=0), args))
     if args.batch_size == 1 and not args.temperature:
         methods["bare_loop"] = timed(bare_loop(verifier, args))
         if args.prompt_lookup:
@@ -342,6 +344,7 @@ def _record(
             for name, method in methods.items()
             if name not in ("baseline", "speculative")
         },
+        "beam": asdict(speculative.beam),
         "tau": stats.tau,
         "mean_tree_nodes": stats.mean_nodes,
         "phase_seconds": stats.phase_seconds,

@@ -19,31 +19,33 @@ class Coupling:
     """What coupled drafting knows of the draws to come.
 
     Args:
-        noise: Gumbel noise of the drafted positions over the verifier's vocabulary, ``[B, L, V]``.
-        warp: the request's own temperature and filters, as a function of logits ``[R, V_d]``.
+        noise: Gumbel noise of the drafted positions over the draft vocabulary, ``[B, L, V_d]``.
+        warp: the request's own temperature and filters, as a function of logits ``[R, V_d + n]``.
         temperature: allowance s for the drafter's own error.
         sharpness: power c of the drafter's distribution before noise is added; 1 suits an exact drafter.
+        noise_of: noise of any tokens at a depth (from 0), int64 ``[B, W', n]`` -> ``[B, W', n]``; recycled nodes
+            bring tokens from outside the draft vocabulary.
     """
 
     noise: Tensor
     warp: Callable[[Tensor], Tensor]
     temperature: float
     sharpness: float = 1.0
+    noise_of: Callable[[int, Tensor], Tensor] | None = None
 
-    def score(self, logits: Tensor, depth: int, draft_token_ids: Tensor, further: Tensor) -> Tensor:
+    def score(self, logits: Tensor, depth: int, further: Tensor) -> Tensor:
         """Return ``(c log q + G) / s`` of what a depth may propose, up to a constant per beam, ``[B, W', V_d + n]``.
 
         Args:
             logits: of the same tokens, float32 ``[B, W', V_d + n]``.
             depth: from 0.
-            draft_token_ids: the draft vocabulary, int64 ``[V_d]``.
-            further: other tokens of each beam, int64 ``[B, W', n]``.
+            further: the last n tokens of each beam, int64 ``[B, W', n]``.
         """
-        beams = logits.shape[1]
         warped = self.warp(logits.flatten(0, 1)).view(logits.shape)
-        row = self.noise[:, depth].unsqueeze(1)
-        drafted, others = row[..., draft_token_ids], row.expand(-1, beams, -1).gather(2, further)
-        noise = torch.cat([drafted.float().expand(-1, beams, -1), others.float()], dim=2)
+        noise = self.noise[:, depth].unsqueeze(1).float()
+        if further.shape[2] and self.noise_of is not None:
+            others = self.noise_of(depth, further).float()
+            noise = torch.cat([noise.expand(-1, logits.shape[1], -1), others], dim=2)
         return (self.sharpness * warped + noise) / self.temperature
 
 
@@ -63,15 +65,12 @@ class Hints:
         """Return the token before each root, int64 ``[B]``; without recycled nodes nobody asks, and it is the root."""
         return root if self.recycled is None else self.recycled.before
 
-    def apply(
-        self, logits: Tensor, depth: int, draft_token_ids: Tensor, tokens: Tensor, before: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def apply(self, logits: Tensor, depth: int, tokens: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
         """Score what may follow each beam at a depth.
 
         Args:
             logits: the drafter's, ``[B, W', V_d]``.
             depth: from 0.
-            draft_token_ids: the draft vocabulary, int64 ``[V_d]``.
             tokens: last token of each beam, int64 ``[B, W']``.
             before: the token before it, int64 ``[B, W']``.
 
@@ -85,7 +84,7 @@ class Hints:
             logits, further = self.recycled.blend(logits, found), found.tokens
         logits = logits.float()
         if self.coupling is not None:
-            logits = self.coupling.score(logits, depth, draft_token_ids, further)
+            logits = self.coupling.score(logits, depth, further)
         return logits, further
 
 
@@ -125,7 +124,7 @@ def draft(  # noqa: PLR0913, PLR0917 - six that say what to draft, one that says
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     for depth in range(beam.length):
         logits = drafter.logits(context.unsqueeze(1).expand(-1, state.shape[1], -1), state)
-        choices, further = hints.apply(logits, depth, draft_token_ids, tokens, before)
+        choices, further = hints.apply(logits, depth, tokens, before)
         values, places = _expand(choices, width)
         # NaN, and infinity less infinity; a filtered token's -inf is none of them.
         sound = sound & ~values.isnan().flatten(1).any(dim=1)
@@ -142,7 +141,7 @@ def draft(  # noqa: PLR0913, PLR0917 - six that say what to draft, one that says
 
 
 def _expand(choices: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Return the ``width`` best choices of each beam: log-probabilities and places ``[B, W', W]``."""
+    """Return the ``width`` best of each beam's choices ``[B, W', C]``: log-probabilities and places ``[B, W', W]``."""
     values, places = choices.topk(width, dim=-1)
     return values - choices.logsumexp(dim=-1, keepdim=True), places
 

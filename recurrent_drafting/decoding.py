@@ -402,7 +402,8 @@ class SpeculativeDecoder(_Decoder):
         if self.beam.lookup_length:
             batch.repeats = [RepeatIndex(prompt + reply.tokens) for prompt, reply in zip(prompts, replies, strict=True)]
         last = torch.tensor([prompt[-1] for prompt in prompts], device=batch.root.device)
-        batch.recycled = RecycledNodes.of(last, self.drafter, self.beam.recycled_nodes)
+        capacity = self.beam.recycled_nodes if self._max_tree_nodes > 1 else 0
+        batch.recycled = RecycledNodes.of(last, self.drafter, capacity)
         return batch
 
     def _propose(self, batch: _Batch) -> DraftTree:
@@ -453,15 +454,23 @@ class SpeculativeDecoder(_Decoder):
         sampling = batch.sampler.config
         if self.beam.coupling == 0:
             return None
-        noise = batch.sampler.upcoming_noise(range(len(batch.replies)), self.beam.length)
+        rows, tokens = range(len(batch.replies)), self.drafter.draft_token_ids
+        noise = batch.sampler.upcoming_noise(rows, self.beam.length, token_ids=tokens)
         if noise is None:
             return None
+
+        def noise_of(depth: int, token_ids: Tensor) -> Tensor:
+            found = batch.sampler.upcoming_noise(rows, 1, depth, token_ids)
+            assert found is not None
+            return found[:, 0]
+
         return beam_search.Coupling(
-            noise=noise,
+            noise=noise.float(),
             warp=lambda logits: warp(logits, sampling),
             # The request's temperature has stretched the drafter's error with its logits.
             temperature=self.beam.coupling / sampling.temperature,
             sharpness=_COUPLING_SHARPNESS,
+            noise_of=noise_of,
         )
 
 

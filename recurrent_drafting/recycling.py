@@ -35,7 +35,7 @@ class Predictions:
     Args:
         tokens: its most likely next tokens, int64 ``[B, n, KEPT]``.
         log_weights: log of their probabilities times the node's share of the mixture, float32
-            ``[B, n, KEPT]``; ``-inf`` throughout where no node was found.
+            ``[B, n, KEPT]``; ``-inf`` throughout where no node was found. A vocabulary below KEPT has fewer.
     """
 
     tokens: Tensor
@@ -43,28 +43,30 @@ class Predictions:
 
 
 class RecycledNodes:
-    """The last verified nodes of every row of a batch, in a ring of M slots.
+    """The last verified nodes of every row of a batch, in a ring.
 
     Args:
         before: the token before each row's root, int64 ``[B]``.
         draft_token_ids: the draft vocabulary, int64 ``[V_d]``.
         vocab_size: the verifier's V.
-        capacity: nodes M that are kept of a row.
+        capacity: nodes that are kept of a row.
     """
 
     def __init__(self, before: Tensor, draft_token_ids: Tensor, vocab_size: int, capacity: int) -> None:
         rows, device = len(before), before.device
         self.before = before
         self._kept = min(KEPT, vocab_size)
-        self._tokens = torch.full((rows, capacity), -1, device=device)
-        self._predecessors = torch.full((rows, capacity), -1, device=device)
-        self._next_tokens = torch.zeros(rows, capacity, self._kept, dtype=torch.long, device=device)
-        self._log_probs = torch.full((rows, capacity, self._kept), -torch.inf, device=device)
+        # By slot [B, capacity], and of each slot its next tokens [B, capacity, KEPT].
+        self._tokens = torch.full((rows, capacity), -1, dtype=torch.long, device=device)
+        self._predecessors = self._tokens.clone()
+        shape = (rows, capacity, self._kept)
+        self._next_tokens = torch.zeros(shape, dtype=torch.long, device=device)
+        self._log_probs = torch.full(shape, -torch.inf, dtype=torch.float32, device=device)
         # The step that filled a slot, from 1 on; all rows take their steps together.
         self._steps = torch.zeros(capacity, dtype=torch.long, device=device)
         self._step = self._free = 0
         # The place of each token in the draft vocabulary, -1 outside.
-        self._places = torch.full((vocab_size,), -1, device=device)
+        self._places = torch.full((vocab_size,), -1, dtype=torch.long, device=device)
         self._places[draft_token_ids] = torch.arange(len(draft_token_ids), device=device)
 
     @classmethod
@@ -87,7 +89,9 @@ class RecycledNodes:
         predecessors = torch.cat([self.before.unsqueeze(1), tree.tokens.gather(1, tree.parents[:, 1:])], dim=1)
         self._tokens[:, slots] = torch.where(tree.valid, tree.tokens, -1)[:, :count]
         self._predecessors[:, slots] = predecessors[:, :count]
-        self._next_tokens[:, slots], self._log_probs[:, slots] = most_likely(logits[:, :count], self._kept)
+        # An LM head may have more rows than there are tokens.
+        likely = most_likely(logits[:, :count, : len(self._places)], self._kept)
+        self._next_tokens[:, slots], self._log_probs[:, slots] = likely
         self._steps[slots] = self._step
         self.before = tree.tokens.gather(1, last.unsqueeze(1)).squeeze(1)
 

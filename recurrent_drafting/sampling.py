@@ -73,17 +73,23 @@ class GumbelNoise:
         uniform = ((_shift_right(bits, 11).double() + 0.5) * 2.0**-53).clamp_(max=1 - 2.0**-53)
         return uniform.log_().neg_().log_().neg_()
 
-    def rows(self, requests: Sequence[int], positions: Sequence[int]) -> Tensor:
+    def rows(self, requests: Sequence[int], positions: Sequence[int], token_ids: Tensor | None = None) -> Tensor:
         """Return the noise of one position per request, float64 ``[R, V]``.
+
+        With ``token_ids`` it is that of some tokens: of the same for all, ``[n] -> [R, n]``, or of each request's
+        own, ``[R, ...] -> [R, ...]``.
 
         Rows are kept until ``forget``: coupled drafting and the pick ask for the same ones.
         """
         found = []
-        for request, position in zip(requests, positions, strict=True):
+        for index, (request, position) in enumerate(zip(requests, positions, strict=True)):
             kept = self._rows.setdefault(request, {})
             if position not in kept:
                 kept[position] = self.row(request, position)
-            found.append(kept[position])
+            row = kept[position]
+            if token_ids is not None:
+                row = row[token_ids if token_ids.dim() == 1 else token_ids[index]]
+            found.append(row)
         return torch.stack(found)
 
     def forget(self, request: int, before: int) -> None:
@@ -238,20 +244,24 @@ class Sampler:
             least = min(self._prompt_lengths[other] + len(self._generated[other]) for other in rows)
             self.noise.forget(request, least)
 
-    def upcoming_noise(self, rows: Sequence[int], count: int, skip: int = 0) -> Tensor | None:
+    def upcoming_noise(
+        self, rows: Sequence[int], count: int, skip: int = 0, token_ids: Tensor | None = None
+    ) -> Tensor | None:
         """Return the noise of the next positions, float64 ``[R, count, V]``, or None if greedy.
 
         Args:
             rows: rows of the batch.
             count: positions wanted.
             skip: positions to leave out first.
+            token_ids: tokens wanted, int64 ``[n]``, which makes it ``[R, count, n]``, or each row's own, int64
+                ``[R, ...]``, which makes it ``[R, count, ...]``; None is all.
         """
         if self.noise is None:
             return None
         steps = []
         for step in range(skip, skip + count):
             positions = [self._prompt_lengths[row] + len(self._generated[row]) + step for row in rows]
-            steps.append(self.noise.rows([self._requests[row] for row in rows], positions))
+            steps.append(self.noise.rows([self._requests[row] for row in rows], positions, token_ids))
         return torch.stack(steps, dim=1)
 
     def select(self, rows: Sequence[int]) -> None:

@@ -21,7 +21,7 @@ from recurrent_drafting.token_rows import TokenDataset
 from recurrent_drafting.trainer import choose_draft_vocabulary, initialise_from_verifier
 from recurrent_drafting.verifier import Verifier
 
-# A named drafter has these; the others, of beams and copies, are defaults of decoding that may change.
+# A named drafter has these; the others, of beams, copies and recycling, are defaults of decoding that may change.
 _SHAPE = {"exit_dim_multiplier", "draft_vocab_size", "rnn", "drafter_num_layers"}
 DECODING = ("beam_width", "beam_length", "lookup_length", "recycled_nodes")
 

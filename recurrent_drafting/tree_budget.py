@@ -23,6 +23,8 @@ from recurrent_drafting.verifier import Verifier
 
 # Tree sizes that are timed; a step verifies one of them, so shapes stay few.
 NODE_COUNTS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+# A tree whose nodes are recycled where drafting is timed.
+_USUAL_NODES = 16
 # Drafted tokens that a generation's own record of acceptance is weighed against.
 _PRIOR_TOKENS = 8.0
 # Losses are counted in baseline steps: what drafting may lose before it pauses, what a trial after a pause
@@ -58,6 +60,8 @@ class LatencyCurve:
     ) -> LatencyCurve:
         """Time the draft, and verify forwards over chains of growing size behind a prefix.
 
+        Recycling the nodes of a tree of usual size counts as drafting.
+
         Args:
             verifier: the base model.
             drafter: in the verifier's dtype and on its device.
@@ -75,11 +79,15 @@ class LatencyCurve:
         samples: dict[int, list[float]] = {n: [] for n in [0, *sizes]}
         root = torch.ones(batch_size, dtype=torch.long, device=verifier.device)
         twin: Any = decoding_twin(drafter)
-        hints = beam_search.Hints(recycled=RecycledNodes.of(root, drafter, beam.recycled_nodes))
+        recycled = RecycledNodes.of(root, drafter, beam.recycled_nodes)
+        usual = _chains(batch_size, min(_USUAL_NODES, most), verifier.device)
+        logits = verifier.verify(usual, cache).logits
         for _ in range(repeats + 1):
             start = time.perf_counter()
             with torch.inference_mode():
-                beams = beam_search.draft(twin, hidden, root, verifier.embed, beam, hints)
+                if recycled is not None:
+                    recycled.record(usual, logits, torch.zeros_like(root))
+                beams = beam_search.draft(twin, hidden, root, verifier.embed, beam, beam_search.Hints(None, recycled))
                 DraftTree.from_beams(root, beams).parents.tolist()  # waits for the device
             samples[0].append(time.perf_counter() - start)
             for size in sizes:

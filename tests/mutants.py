@@ -511,8 +511,8 @@ MUTANTS = [
     Mutant(
         "coupled drafting looks a position too far",
         "decoding",
-        "self.beam.length)\n        if noise",
-        "self.beam.length, skip=1)\n        if noise",
+        "self.beam.length, token_ids=tokens)\n        if noise",
+        "self.beam.length, skip=1, token_ids=tokens)\n        if noise",
         check="acceptance",
     ),
     Mutant(

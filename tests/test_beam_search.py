@@ -175,11 +175,11 @@ def test_coupled_score_is_the_chance_of_being_drawn(
     world = World(seed=3, draft_vocab_size=6)
     config = SamplingConfig(**settings)  # type: ignore[arg-type]
     noise = torch.stack([sampling.GumbelNoise(0, V, torch.device("cpu")).rows([b] * 2, [4, 5]) for b in range(BATCH)])
+    noise = noise[:, :, world.drafter.draft_token_ids]
 
     def coupled(row: int, depth: int, logits: Tensor) -> Tensor:
         log_q = sampling.warp(logits.unsqueeze(0), config)[0].log_softmax(dim=0)
-        own = noise[row, depth, world.drafter.draft_token_ids]
-        return ((sharpness * log_q + own) / temperature).log_softmax(dim=0)
+        return ((sharpness * log_q + noise[row, depth]) / temperature).log_softmax(dim=0)
 
     coupling = Coupling(noise, lambda x: sampling.warp(x, config), temperature, sharpness)
     beams = world.draft(BeamConfig(width=6, length=2), coupling)

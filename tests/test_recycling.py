@@ -13,6 +13,7 @@ from torch import Tensor
 
 from recurrent_drafting import AutoregressiveDecoder, BeamConfig, SamplingConfig, SpeculativeDecoder, beam_search
 from recurrent_drafting.beam_search import Coupling, Hints
+from recurrent_drafting.decoding import _Batch
 from recurrent_drafting.draft_tree import Beams, DraftTree
 from recurrent_drafting.recycling import _LAST_STEP, _OLDER, _SAME_PAIR, KEPT, RecycledNodes, most_likely
 from recurrent_drafting.sampling import GumbelNoise
@@ -166,10 +167,16 @@ def test_beams_equal_a_search_over_the_mixture_in_plain_python(coupled: bool, dr
     world = World(seed=1, draft_vocab_size=drafted)
     ring, memories = filled(3, 40, 5, world.drafter.draft_token_ids)
     noise = torch.stack([GumbelNoise(0, V, torch.device("cpu")).rows([b] * 3, [4, 5, 6]) for b in range(BATCH)])
-    coupling = Coupling(noise, lambda logits: logits, 0.7, 1.3) if coupled else None
+    coupling = Coupling(
+        noise[:, :, world.drafter.draft_token_ids],
+        lambda logits: logits,
+        temperature=0.7,
+        sharpness=1.3,
+        noise_of=lambda depth, ids: noise[:, depth].unsqueeze(1).expand(-1, ids.shape[1], -1).gather(2, ids),
+    )
     beam = BeamConfig(width=4, length=3)
     with torch.no_grad():
-        hints = Hints(coupling, ring)
+        hints = Hints(coupling if coupled else None, ring)
         got = beam_search.draft(world.drafter, world.context, world.root, world.embed, beam, hints)
     outside = 0
     for row, memory in enumerate(memories):
@@ -188,6 +195,43 @@ def test_beams_equal_a_search_over_the_mixture_in_plain_python(coupled: bool, dr
             outside += sum(path[-1] not in world.proposable for path in kept)
             assert paths_of(got, row, depth) == pytest.approx(kept, abs=TOLERANCE)
     assert (outside > 0) == (drafted is not None)
+
+
+def test_an_lm_head_may_have_more_rows_than_there_are_tokens() -> None:
+    ring = RecycledNodes(torch.tensor([1]), torch.arange(4), 10, 8)
+    tree = DraftTree.root_only(torch.tensor([3]))
+    ring.record(tree, torch.arange(12.0).view(1, 1, 12), torch.tensor([0]))
+    found = ring.look_up(torch.tensor([[3, 5]]), torch.tensor([[1, 1]]))
+    assert found.tokens[0, 0].tolist() == [9, 8, 7, 6, 5, 4, 3, 2]
+    assert ring.blend(torch.zeros(1, 2, 4), found).logsumexp(dim=2).abs().max() < 1e-5
+
+
+def test_the_default_dtype_of_the_process_does_not_matter() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        ring, _ = filled(4, 20, 3, torch.arange(5))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert ring.look_up(torch.arange(V).expand(BATCH, -1), torch.zeros(BATCH, V)).log_weights.dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_nodes_are_kept_with_the_token_before_them(family: str) -> None:
+    """From one step to the next the ring is told which text it follows: the prompt's end, then the accepted path."""
+    verifier = make_looping_verifier(family)
+    seen: list[tuple[int, list[int]]] = []
+
+    class Watcher(SpeculativeDecoder):
+        def _propose(self, batch: _Batch) -> DraftTree:
+            assert batch.recycled is not None
+            for place, reply in enumerate(batch.replies):
+                seen.append((int(batch.recycled.before[place]), [*prompts[reply.row], *reply.tokens]))
+            return super()._propose(batch)
+
+    prompts = [[5, 9], [7, 1, 3], [11]]
+    beam = BeamConfig(width=3, length=3, recycled_nodes=64)
+    Watcher(verifier, make_drafter(verifier), beam).generate(prompts, max_new_tokens=40)
+    assert len(seen) > 20 and all(before == text[-2] for before, text in seen)
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -190,10 +190,11 @@ def test_training_goes_on_from_a_named_drafter(base: str, chats: str) -> None:
 
 def test_beams_and_copies_of_a_named_drafter_are_changed_where_they_are_given(base: str, chats: str) -> None:
     save_drafter(Path("start"), Path(base), beam_width=7, beam_length=2, num_draft_tokens=2)
-    argv = ["--drafter_name_or_path", "start", "--beam_width", "3", "--lookup_length", "5"]
+    argv = ["--drafter_name_or_path", "start", "--beam_width", "3", "--lookup_length", "5", "--recycled_nodes", "9"]
     assert run(base, chats, *GIVEN, *argv, "--drafter_predict_n_tokens", "3") == 0
     config = load_drafter("out").config
-    assert (config.beam_width, config.beam_length, config.lookup_length, config.num_draft_tokens) == (3, 2, 5, 3)
+    assert (config.beam_width, config.beam_length, config.num_draft_tokens) == (3, 2, 3)
+    assert (config.lookup_length, config.recycled_nodes) == (5, 9)
 
 
 @pytest.mark.parametrize(

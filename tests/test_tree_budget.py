@@ -111,6 +111,7 @@ def test_next_depth_is_drafted_when_its_expected_tokens_beat_the_best_rate_so_fa
         (BeamConfig(width=1, length=1), (1, 2)),
         (BeamConfig(width=3, length=3), (1, 2, 4, 6, 8, 10)),
         (BeamConfig(width=4, length=3), (1, 2, 4, 6, 8, 12, 13)),
+        (BeamConfig(width=4, length=3, recycled_nodes=8), (1, 2, 4, 6, 8, 12, 13)),
         (BeamConfig(width=20, length=4), (*NODE_COUNTS, 81)),
     ],
 )

@@ -114,12 +114,11 @@ def test_no_beam(main: Main, flag: str, value: str, capsys: Capture) -> None:
     refused(main, ["--prompt", "a", flag, value], 2, capsys, f"{flag} must be >= 1, got {value}")
 
 
-def test_a_negative_lookup_length(models: Models, chats: str, capsys: Capture) -> None:
-    refused(
-        generate_speculator.main, ["--prompt", "a", "--lookup_length", "-1"], 2, capsys, "--lookup_length must be >= 0"
-    )
-    argv = train_argv(models.base, chats, "--lookup_length", "-1")
-    refused(train_speculator.main, argv, 2, capsys, "lookup_length must be an integer >= 0, got -1")
+@pytest.mark.parametrize("name", ["lookup_length", "recycled_nodes"])
+def test_copies_and_nodes_below_nothing(name: str, models: Models, chats: str, capsys: Capture) -> None:
+    refused(generate_speculator.main, ["--prompt", "a", f"--{name}", "-1"], 2, capsys, f"--{name} must be >= 0")
+    argv = train_argv(models.base, chats, f"--{name}", "-1")
+    refused(train_speculator.main, argv, 2, capsys, f"{name} must be an integer >= 0, got -1")
 
 
 @pytest.mark.parametrize("flag", ["--beam_width", "--beam_length"])
