@@ -2,7 +2,9 @@
 
 A plain ``nn.Linear`` in bf16 lays its weight out anew in every call, which costs as much as the product
 itself while a forward has few tokens; and attention with a mask copies grouped keys and values once per
-query head, which grows with the context. The twin does neither. The model itself stays as it is.
+query head, which grows with the context. The twin does neither. Where the processor has no bf16 products, a
+plain layer takes as long for n tokens as for one token n times; the twin computes those products in float32.
+The model itself stays as it is.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ _GROUPED = "recurrent_drafting_grouped_sdpa"
 # Packed weights come on top of the model's own: leave at least as much memory free as they take.
 _MEMORY_FACTOR = 2
 _SAMPLES = 64
+# Up to so many rows a bf16 product without bf16 units is bound by reading the weight, and bf16 is half of float32.
+_FEW_ROWS = 2
 
 
 class PackedLinear(nn.Module):
@@ -31,20 +35,32 @@ class PackedLinear(nn.Module):
 
     Args:
         linear: a layer on the CPU; its parameters are shared, not copied.
+        dtype: of the products; float32 for a bf16 layer widens all but the smallest inputs, and the output is
+            rounded to bf16 once, as a bf16 product's is. Default: the weight's.
     """
 
     packed: Tensor
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        self.widened = dtype not in (None, linear.weight.dtype)
+        weight = linear.weight.detach()
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype) if self.widened else weight, None)
         self.register_buffer("packed", packed, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in_features]`` to ``[..., out_features]``, without gradients."""
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        if not self.widened:
+            return self._product(x, self.bias)
+        if x.numel() <= _FEW_ROWS * self.in_features:
+            return nn.functional.linear(x, self.weight, self.bias)
+        bias = None if self.bias is None else self.bias.float()
+        return self._product(x.float(), bias).to(x.dtype)
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
         return y
 
 
@@ -94,7 +110,7 @@ def pack(model: nn.Module) -> nn.Module:
     for parent in list(twin.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and _is_plain(child):
-                setattr(parent, name, PackedLinear(child))
+                setattr(parent, name, PackedLinear(child, product_dtype(child.weight.dtype)))
     _group_attention(twin)
     return twin
 
@@ -118,10 +134,16 @@ def _packable(model: nn.Module, linears: Sequence[nn.Linear]) -> bool:
         return False  # weights that come and go
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):
         return False
-    if weights[0].dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return False
+    packed_bytes = sum(weight.numel() * product_dtype(weight.dtype).itemsize for weight in weights)
     free = memory.machine_free_bytes()
-    return free is None or sum(weight.nbytes for weight in weights) * _MEMORY_FACTOR <= free
+    return free is None or packed_bytes * _MEMORY_FACTOR <= free
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return what packed kernels of this processor compute in for weights of a dtype: float32 where it has no bf16."""
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.float32
+    return dtype
 
 
 def _sample(weights: Sequence[Tensor]) -> Tensor:
@@ -160,7 +182,8 @@ def _grouped_sdpa(
         function = AttentionInterface()["sdpa"]
         return function(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
     rows = query.reshape(batch, key.shape[1], groups * count, dim)
+    mask = attention_mask.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(2, 3)  # a view for one token
     output = nn.functional.scaled_dot_product_attention(
-        rows, key, value, attn_mask=attention_mask.repeat(1, 1, groups, 1), scale=options.get("scaling")
+        rows, key, value, attn_mask=mask, scale=options.get("scaling")
     )
     return output.reshape(batch, heads, count, value.shape[-1]).transpose(1, 2).contiguous(), None

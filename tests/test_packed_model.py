@@ -39,6 +39,34 @@ def test_a_packed_layer_computes_what_the_layer_computes(rows: int, bias: bool) 
 
 
 @needs_packing
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 2, 3, 16])
+def test_a_widened_layer_multiplies_in_float32_and_rounds_once(rows: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(48, 80, bias=bias, dtype=torch.bfloat16)
+    x = torch.randn(1, rows, 48, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        got = PackedLinear(linear, torch.float32)(x)
+        exact = copy.deepcopy(linear).double()(x.double())
+    assert got.dtype == torch.bfloat16
+    # Half a unit in the last of bf16's eight bits, and the little that float32 sums lose.
+    torch.testing.assert_close(got.double(), exact, rtol=2**-8, atol=1e-5)
+
+
+@needs_packing
+def test_a_bf16_model_is_widened_where_the_processor_has_no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recurrent_drafting.packed_model.product_dtype", lambda _: torch.float32)
+    verifier = make_verifier("llama", dtype=torch.bfloat16)
+    verifier.new_cache(1, 4)
+    body, head = verifier.decoding_modules()
+    assert isinstance(head, PackedLinear) and head.widened and packed_layers(body) > 0
+    ids = torch.tensor([PROMPTS[0]])
+    with torch.inference_mode():
+        got, expected = head(body(input_ids=ids)[0]), verifier.model(ids).logits
+    torch.testing.assert_close(got, expected, rtol=0.05, atol=0.05)
+
+
+@needs_packing
 def test_the_twin_shares_all_but_the_packed_weights_and_leaves_the_model_alone() -> None:
     model = make_verifier("llama", dtype=torch.float32).model
     before = {name: type(module) for name, module in model.named_modules()}
