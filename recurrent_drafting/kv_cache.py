@@ -80,6 +80,8 @@ class VerifierCache(Cache):
         # One tensor [2 * layers, B, heads, capacity, dim] per shape of layer: families that mix
         # head counts get one each, all others a single one that moves with a single copy.
         self._storage: dict[tuple[int, int, torch.device], Tensor] = {}
+        # Which of them holds each layer's keys and values; known once written.
+        self._places: dict[int, tuple[int, int, torch.device]] = {}
         self._slots: Tensor | None = None
 
     @property
@@ -87,8 +89,6 @@ class VerifierCache(Cache):
         """Return the committed length of the longest row, in tokens."""
         return max(self.lengths, default=0)
 
-    # Lengths change with every step: a compiled base would be compiled anew each time.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def append(self, layer_index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write new entries behind each row's length; the lengths stay until ``keep``.
 
@@ -140,6 +140,10 @@ class VerifierCache(Cache):
         self.lengths = [self.lengths[row] for row in rows]
         self._slots = None
 
+    def layer_states(self) -> list[Tensor]:
+        """Return keys and values of every layer in turn, views ``[B, heads, capacity, dim]``; all written before."""
+        return [self._storage[self._places[index]][index] for index in range(2 * self._num_layers)]
+
     def _buffer(self, states: Tensor, index: int) -> Tensor:
         batch, heads, _, dim = states.shape
         key = (heads, dim, states.device)
@@ -147,6 +151,7 @@ class VerifierCache(Cache):
             # Zeros, not empty: masked slots are multiplied by zero, and 0 * NaN is NaN.
             shape = (2 * self._num_layers, batch, heads, self.capacity, dim)
             self._storage[key] = states.new_zeros(shape)
+        self._places[index] = key
         return self._storage[key][index]
 
     def _write(self, buffer: Tensor, states: Tensor) -> Tensor:

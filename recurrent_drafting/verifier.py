@@ -15,11 +15,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from recurrent_drafting import assets, checkpoint, memory
@@ -27,6 +28,9 @@ from recurrent_drafting.draft_tree import DraftTree
 from recurrent_drafting.errors import DataError, ModelError, NetworkError, ResourceError, UsageError, first_line
 from recurrent_drafting.kv_cache import VerifierCache
 from recurrent_drafting.packed_model import decoding_twin
+
+if TYPE_CHECKING:
+    from recurrent_drafting.compiled_forward import CompiledForward
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +79,7 @@ class Verifier:
         # What decoding runs; the model's twin takes over with the first cache.
         self._twin: nn.Module = model
         self._fast_body, self._fast_head = self._body, self._head
-        self._compiles = False
+        self._compiled: CompiledForward | None = None
         self._embedding: nn.Module = model.get_input_embeddings()
         # transformers 5.24 renamed the argument.
         names = inspect.signature(self._body.forward).parameters
@@ -129,15 +133,35 @@ class Verifier:
         return Verifier(copy.deepcopy(self.model).to(dtype), self.name_or_path, self.fingerprint)
 
     def compile(self) -> None:
-        """Compile the base's forward (torch.compile) for changing lengths and tree sizes."""
-        self._compiles = True
-        self._fast_body, self._fast_head = self._body, self._head
-        self._body.compile(dynamic=True)
+        """Compile decode forwards of one row over few nodes (torch.compile); see ``compiled_forward``.
+
+        Takes minutes in the first run of a machine, less when the compiler's own cache on disk has them.
+
+        Raises:
+            ModelError: the base does not compile, or gives other logits compiled.
+        """
+        from recurrent_drafting.compiled_forward import SIZES, CompiledForward
+
+        self._compiled = None
+        compiled = CompiledForward(self._body, self._head, self.cache_argument, self.name_or_path)
+        for size in tqdm(SIZES, desc="compiling the base, tree sizes"):
+            tokens = [(7 * node + 5) % self.vocab_size for node in range(size)]
+            self._compiled = None
+            expected = self._probe_tree(self._probe_tokens()[0][:1], tokens)
+            self._compiled = compiled
+            gap = _relative_gap(self._probe_tree(self._probe_tokens()[0][:1], tokens), expected)
+            if gap > self._tolerance:
+                raise self._unsupported(f"compiled, a tree of {size} nodes gives logits {gap:.2g} (relative) off")
 
     @property
     def compiles(self) -> bool:
-        """Tell whether the base's forward is compiled."""
-        return self._compiles
+        """Tell whether decode forwards of one row are compiled."""
+        return self._compiled is not None
+
+    @property
+    def compile_seconds(self) -> float:
+        """Return what compiling took."""
+        return 0.0 if self._compiled is None else self._compiled.seconds
 
     @property
     def device(self) -> torch.device:
@@ -184,14 +208,15 @@ class Verifier:
 
     def new_cache(self, batch_size: int, capacity: int) -> VerifierCache:
         """Make an empty cache of ``capacity`` tokens per row."""
-        # The compiler does not take packed layers.
-        twin: Any = self.model if self._compiles else decoding_twin(self.model)
+        twin: Any = decoding_twin(self.model)
         if twin is not self._twin:
             self._twin = twin
             self._use_twin(twin)
         return self._empty_cache(batch_size, capacity)
 
     def _empty_cache(self, batch_size: int, capacity: int) -> VerifierCache:
+        if self._compiled is not None:
+            capacity = self._compiled.capacity(batch_size, capacity)
         return VerifierCache(int(self._text_config.num_hidden_layers), batch_size, capacity)
 
     def _use_twin(self, twin: Any) -> None:
@@ -324,6 +349,8 @@ class Verifier:
         lengths = torch.tensor(cache.lengths, device=self.device)
         positions = lengths.unsqueeze(1) + tree.depths
         allowed, key_positions = self._tree_mask(tree, lengths, positions, cache.max_length)
+        if self._compiled is not None and self._compiled.takes(tree.num_nodes, cache):
+            return self._compiled_output(self._compiled, tree.tokens, positions, allowed, key_positions, cache)
         hidden = self._forward(tree.tokens, positions, allowed, key_positions, cache)
         return self._output(hidden)
 
@@ -349,9 +376,7 @@ class Verifier:
         self, ids: Tensor, positions: Tensor, allowed: Tensor, key_positions: Tensor, cache: VerifierCache
     ) -> Tensor:
         """Run the body: boolean mask ``[B, n, S]`` and key positions ``[B, S]`` in, hidden states out."""
-        if self.context_window is not None:
-            # Nodes past the window can only yield tokens that the length limit cuts.
-            positions = positions.clamp(max=self.context_window - 1)
+        positions = self._within_window(positions)
         output = self._fast_body(
             input_ids=ids,
             attention_mask=self._attention_mask(allowed, positions, key_positions),
@@ -361,6 +386,29 @@ class Verifier:
         )
         hidden: Tensor = output.last_hidden_state
         return hidden
+
+    def _compiled_output(
+        self,
+        compiled: CompiledForward,
+        ids: Tensor,
+        positions: Tensor,
+        allowed: Tensor,
+        key_positions: Tensor,
+        cache: VerifierCache,
+    ) -> VerifierOutput:
+        """Run one row padded to a compiled shape; nobody attends to the padding."""
+        nodes, columns = ids.shape[1], key_positions.shape[1]
+        size, width = compiled.padded(nodes, cache.lengths[0])
+        ids, positions = (nn.functional.pad(part, (0, size - nodes)) for part in (ids, self._within_window(positions)))
+        allowed = nn.functional.pad(allowed, (0, width - columns, 0, size - nodes))
+        key_positions = nn.functional.pad(key_positions, (0, width - columns))
+        mask = self._attention_mask(allowed, positions, key_positions)
+        hidden, logits = compiled(ids, positions, mask, cache)
+        return VerifierOutput(logits=self._finish(logits[:, :nodes]), hidden=hidden[:, :nodes])
+
+    def _within_window(self, positions: Tensor) -> Tensor:
+        """Clamp: nodes past the window can only yield tokens that the length limit cuts."""
+        return positions if self.context_window is None else positions.clamp(max=self.context_window - 1)
 
     def _output(self, hidden: Tensor) -> VerifierOutput:
         """Put the logits beside hidden states ``[B, n, H]`` of a decoding forward."""
@@ -470,16 +518,17 @@ class Verifier:
         return [prefix, prefix[:2]], [root, left, right]
 
     def _probe_tree(self, prompts: list[list[int]], tokens: list[int]) -> Tensor:
-        """Prefill and verify a root with two children."""
+        """Prefill and verify a root with children."""
         rows, nodes = len(prompts), len(tokens)
+        root = torch.zeros(1, dtype=torch.long, device=self.device)
         cache = self._empty_cache(rows, max(map(len, prompts)) + nodes)
         tree = DraftTree(
             tokens=torch.tensor([tokens] * rows, device=self.device),
             parents=torch.zeros(rows, nodes, dtype=torch.long, device=self.device),
-            depths=torch.tensor([[0, 1, 1]] * rows, device=self.device),
+            depths=torch.ones(rows, nodes, dtype=torch.long, device=self.device).index_fill(1, root, 0),
             log_probs=torch.zeros(rows, nodes, device=self.device),
             valid=torch.ones(rows, nodes, dtype=torch.bool, device=self.device),
-            height=1,
+            height=min(nodes - 1, 1),
         )
         self.prefill(prompts, cache)
         return self.verify(tree, cache).logits
