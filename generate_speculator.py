@@ -112,7 +112,9 @@ def _add_models(parser: cli.ArgumentParser) -> None:
     group.add_argument("--allow_base_mismatch", action="store_true", help="use a drafter of another base")
     group.add_argument("--device", default=ModelSettings.device, help="auto, cpu, cuda or cuda:N")
     group.add_argument("--dtype", default=ModelSettings.dtype, help="auto, fp32, bf16, fp16 or fp64")
-    group.add_argument("--compile", action="store_true", help="compile the base (torch.compile); first steps take long")
+    group.add_argument(
+        "--compile", action="store_true", help="compile the base for batch 1 (minutes; less when run again)"
+    )
     group.add_argument("--num_threads", type=int, help="threads (default: torch's own choice)")
     beam = parser.add_argument_group("drafting")
     for name in ("width", "length"):

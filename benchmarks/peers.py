@@ -50,7 +50,7 @@ WORKER = Path(__file__).with_name("peer_worker.py")
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _SETTINGS = (
     *("dtype", "temperature", "batch_size", "prompts", "new_tokens", "rounds"),
-    *("prompt_lookup", "max_tree_nodes"),
+    *("compile", "prompt_lookup", "max_tree_nodes"),
 )
 Batch = list[list[int]]
 Answer = tuple[list[list[int]], float]
@@ -229,21 +229,30 @@ def start_workers(verifier: Verifier, args: argparse.Namespace, workers: dict[st
         workers[name] = Worker([python, str(WORKER), name, *words, threads], args)
 
 
-def make_methods(verifier: Verifier, args: argparse.Namespace) -> tuple[dict[str, Method], SpeculativeDecoder]:
-    """Build everything that runs in this process."""
+def make_methods(
+    verifier: Verifier, args: argparse.Namespace
+) -> tuple[dict[str, Method], dict[str, SpeculativeDecoder]]:
+    """Build everything that runs in this process; the speculative decoders by the name of their method."""
     drafter = load_drafter(args.speculator_path)
 
-    def decoder(**changes: int) -> SpeculativeDecoder:
+    def decoder(base: Verifier = verifier, **changes: int) -> SpeculativeDecoder:
         beam = replace(drafter.config.beam, max_nodes=args.max_tree_nodes, **changes)
         settings = evaluation.RunSettings(args.base_model, args.speculator_path, batch_size=args.batch_size, beam=beam)
-        return evaluation.speculative_decoder(verifier, drafter, settings)
+        return evaluation.speculative_decoder(base, drafter, settings)
 
     speculative = decoder()
+    decoders = {"speculative": speculative}
     methods = {
         "baseline": timed(Ours(AutoregressiveDecoder(verifier), args)),
         "speculative": timed(Ours(speculative, args)),
         "transformers_generate": timed(hf_generate(verifier, args)),
     }
+    if args.compile:
+        compiled = Verifier(verifier.model, verifier.name_or_path, verifier.fingerprint)
+        compiled.compile()
+        decoders["speculative_compiled"] = decoder(compiled)
+        methods["baseline_compiled"] = timed(Ours(AutoregressiveDecoder(compiled), args))
+        methods["speculative_compiled"] = timed(Ours(decoders["speculative_compiled"], args))
     if drafter.config.lookup_length or drafter.config.recycled_nodes:
         methods["drafter_alone"] = timed(Ours(decoder(lookup_length=0, recycled_nodes=0), args))
     if drafter.config.lookup_length and drafter.config.recycled_nodes:
@@ -252,7 +261,7 @@ def make_methods(verifier: Verifier, args: argparse.Namespace) -> tuple[dict[str
         methods["bare_loop"] = timed(bare_loop(verifier, args))
         if args.prompt_lookup:
             methods["transformers_prompt_lookup"] = timed(hf_generate(verifier, args, prompt_lookup_num_tokens=10))
-    return {name: Method(run) for name, run in methods.items()}, speculative
+    return {name: Method(run) for name, run in methods.items()}, decoders
 
 
 def take_turns(methods: dict[str, Method], batches: list[Batch], rounds: int) -> None:
@@ -310,26 +319,22 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     workers: dict[str, Worker] = {}
     try:
         start_workers(verifier, args, workers)
-        methods, speculative = make_methods(verifier, args)
+        methods, decoders = make_methods(verifier, args)
         methods |= {name: Method(worker) for name, worker in workers.items()}
         take_turns(methods, batches, args.rounds)
     finally:
         for worker in workers.values():
             worker.close()
-    return _record(args, methods, speculative, batches)
+    return _record(args, methods, decoders, batches)
 
 
 def _record(
-    args: argparse.Namespace, methods: dict[str, Method], speculative: SpeculativeDecoder, batches: list[Batch]
+    args: argparse.Namespace,
+    methods: dict[str, Method],
+    decoders: dict[str, SpeculativeDecoder],
+    batches: list[Batch],
 ) -> dict[str, Any]:
-    # Counters of one more pass, so that they are those of the texts at hand and not of the warm-up.
-    counted = Ours(speculative, args)
-    for batch in batches:
-        counted(batch)
-    ours = methods["speculative"]
-    rivals = {name: ratio(ours, method) for name, method in methods.items() if name != "speculative"}
-    stats = counted.stats
-    return {
+    record = {
         **harness.head(__file__, args, *_SETTINGS),
         "tokens_per_second": {
             name: spread(
@@ -338,25 +343,52 @@ def _record(
             | {"total": m.rate()}
             for name, m in methods.items()
         },
-        "speculative_over": rivals,
         "baseline_over": {
             name: ratio(methods["baseline"], method)
             for name, method in methods.items()
             if name not in ("baseline", "speculative")
         },
-        "beam": asdict(speculative.beam),
-        "tau": stats.tau,
-        "mean_tree_nodes": stats.mean_nodes,
-        "phase_seconds": stats.phase_seconds,
-        **efficiency(rivals["baseline"]["median"], speculative, stats.tau, stats.mean_nodes, args.batch_size),
-        "texts_equal_to_baseline": sum(
-            a == b
-            for mine, other in zip(ours.texts, methods["baseline"].texts, strict=True)
-            for a, b in zip(mine, other, strict=True)
-        ),
+        **_speculative_record(args, methods, "speculative", decoders["speculative"], batches),
         "prompts": sum(map(len, batches)),
         "seconds": {name: method.seconds for name, method in methods.items()},
         "tokens": {name: method.tokens for name, method in methods.items()},
+    }
+    if "speculative_compiled" in decoders:
+        decoder = decoders["speculative_compiled"]
+        record["compiled"] = {
+            "compile_seconds": decoder.verifier.compile_seconds,
+            **_speculative_record(args, methods, "speculative_compiled", decoder, batches),
+        }
+    return record
+
+
+def _speculative_record(
+    args: argparse.Namespace,
+    methods: dict[str, Method],
+    name: str,
+    decoder: SpeculativeDecoder,
+    batches: list[Batch],
+) -> dict[str, Any]:
+    """Compare a speculative method with all others, and with the baseline of its kind."""
+    # Counters of one more pass, so that they are those of the texts at hand and not of the warm-up.
+    counted = Ours(decoder, args)
+    for batch in batches:
+        counted(batch)
+    ours, own_baseline = methods[name], name.replace("speculative", "baseline")
+    rivals = {rival: ratio(ours, method) for rival, method in methods.items() if rival != name}
+    stats = counted.stats
+    return {
+        "speculative_over": rivals,
+        "beam": asdict(decoder.beam),
+        "tau": stats.tau,
+        "mean_tree_nodes": stats.mean_nodes,
+        "phase_seconds": stats.phase_seconds,
+        **efficiency(rivals[own_baseline]["median"], decoder, stats.tau, stats.mean_nodes, args.batch_size),
+        "texts_equal_to_baseline": sum(
+            a == b
+            for mine, other in zip(ours.texts, methods[own_baseline].texts, strict=True)
+            for a, b in zip(mine, other, strict=True)
+        ),
     }
 
 
@@ -373,11 +405,24 @@ def show(record: dict[str, Any]) -> str:
         f"total x{value['total']:.3f}"
         for name, value in record["baseline_over"].items()
     ]
-    lines.append(f"tau {record['tau']:.2f}, {record['mean_tree_nodes']:.1f} nodes a step")
-    if "efficiency" in record:
-        lines.append(f"ideal speed-up x{record['ideal_speedup']:.2f}, efficiency {record['efficiency']:.2f}")
-    lines.append(f"{record['texts_equal_to_baseline']} of {record['prompts']} texts equal the baseline's")
+    lines += _lines_of(record, record["prompts"])
+    if "compiled" in record:
+        compiled = record["compiled"]
+        lines.append(f"compiled in {compiled['compile_seconds']:.0f} s:")
+        lines += [
+            f"compiled speculative over {name}: x{gain['median']:.2f} total x{gain['total']:.2f}"
+            for name, gain in compiled["speculative_over"].items()
+        ]
+        lines += _lines_of(compiled, record["prompts"])
     return "\n".join(lines)
+
+
+def _lines_of(part: dict[str, Any], prompts: int) -> list[str]:
+    """Lay out what one speculative decoder counted."""
+    lines = [f"tau {part['tau']:.2f}, {part['mean_tree_nodes']:.1f} nodes a step"]
+    if "efficiency" in part:
+        lines.append(f"ideal speed-up x{part['ideal_speedup']:.2f}, efficiency {part['efficiency']:.2f}")
+    return [*lines, f"{part['texts_equal_to_baseline']} of {prompts} texts equal the baseline's"]
 
 
 def plot(record: dict[str, Any]) -> str:
@@ -399,6 +444,7 @@ def build_parser() -> cli.ArgumentParser:
         __doc__, dtype="auto", temperature=0.0, batch_size=1, prompts=16, new_tokens=128, rounds=3
     )
     parser.add_argument("--max_tree_nodes", type=int, help="default: chosen by cost")
+    parser.add_argument("--compile", action="store_true", help="our decoders with the base compiled too; batch 1")
     parser.add_argument("--prompt_lookup", action="store_true", help="transformers' prompt lookup too")
     parser.add_argument("--vllm_python", help="interpreter that has vLLM")
     parser.add_argument("--ngram", action="store_true", help="vLLM with its own n-gram drafts too")

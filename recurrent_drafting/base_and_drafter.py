@@ -91,6 +91,7 @@ def load(settings: ModelSettings, say: Callable[[str], None]) -> Models:
     verifier = Verifier.from_pretrained(base, settings.dtype, settings.device, revision, trust)
     if settings.compile:
         verifier.compile()
+        say(f"compiled the base's decode forwards in {verifier.compile_seconds:.0f} s")
     tokenizer = data.load_tokenizer(base, revision, trust_remote_code=trust)
     if drafter is not None:
         data.check_tokenizer(tokenizer, drafter.config.tokenizer_fingerprint, base)

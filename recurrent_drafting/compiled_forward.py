@@ -3,7 +3,8 @@
 A forward over few tokens spends much of its time between the products. The compiler fuses what lies between them
 and picks a kernel for every product by timing. It wants fixed shapes, so trees are padded to one of ``SIZES`` and
 the cache has a fixed capacity; only the width of the mask is left open, since every further open length takes the
-compiler another half minute. Larger trees and batches and longer texts go the usual way.
+compiler another half minute. Larger trees and batches and longer texts go the usual way. Weights that change
+later are not seen: compile anew.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from recurrent_drafting.errors import ModelError, first_line
 from recurrent_drafting.kv_cache import VerifierCache
 
 # Nodes of the trees that are compiled; a smaller tree is padded to the next one.
-SIZES = (1, 8, 16)
+SIZES = (1, 4, 8, 16)
 # Slots of a cache that compiled forwards run over.
 CAPACITY = 1024
 # Mask columns come in multiples of this; the widest mask is narrower than the cache.
@@ -115,7 +116,9 @@ class CompiledForward:
 
     def takes(self, nodes: int, cache: VerifierCache) -> bool:
         """Tell whether a tree of so many nodes runs compiled over a cache."""
-        return len(cache.lengths) == 1 and cache.capacity == CAPACITY and nodes <= SIZES[-1]
+        if len(cache.lengths) != 1 or cache.capacity != CAPACITY or nodes > SIZES[-1]:
+            return False
+        return self.padded(nodes, cache.lengths[0])[1] < CAPACITY
 
     def padded(self, nodes: int, length: int) -> tuple[int, int]:
         """Return the nodes and the mask columns that a tree behind so many cached tokens is padded to."""
@@ -145,18 +148,15 @@ class CompiledForward:
         for tensor in mask.values() if isinstance(mask, dict) else (mask,):
             torch._dynamo.mark_dynamic(tensor, 3)
         start = time.perf_counter()
-        try:
-            with _compiling(ids.device):
-                found = self._forward(ids, positions, slots, mask, states)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            raise ModelError(f"{self._name} does not compile: {first_line(error)}; run it without --compile") from error
+        with _compiling(self._name, ids.device):
+            found = self._forward(ids, positions, slots, mask, states)
         self.seconds += time.perf_counter() - start
         self._ready.add(size)
         return found
 
 
 @contextlib.contextmanager
-def _compiling(device: torch.device) -> Iterator[None]:
+def _compiling(name: str, device: torch.device) -> Iterator[None]:
     """Choose kernels by timing, with weights as constants where that lays them out anew: on the CPU.
 
     Weights packed by oneDNN cannot be written to the compiler's cache on disk: without them a second run starts in
@@ -172,4 +172,7 @@ def _compiling(device: torch.device) -> Iterator[None]:
         torch.backends.mkldnn.flags(enabled=False),
         contextlib.redirect_stderr(io.StringIO()),
     ):
-        yield
+        try:
+            yield
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise ModelError(f"{name} does not compile: {first_line(error)}; run without --compile") from error

@@ -254,7 +254,8 @@ class Evaluation:
         """Return what decides texts and figures of the run."""
         settings = self._settings
         texts = json.dumps([[question.question_id, question.category, question.turns] for question in questions])
-        described = {name: value for name, value in self._describe().items() if name != "latency_curve"}
+        measured = ("latency_curve", "compile_seconds")
+        described = {name: value for name, value in self._describe().items() if name not in measured}
         return {
             "base_model": settings.base_model,
             "base": self._verifier.fingerprint,
@@ -469,6 +470,8 @@ class Evaluation:
             "sampling": asdict(settings.sampling),
             "stop": settings.stop.strings if settings.stop else (),
         }
+        if self._verifier.compiles:
+            described["compile_seconds"] = self._verifier.compile_seconds
         if self._speculative is not None:
             latency = self._speculative.latency
             curve = latency.at(settings.batch_size) if isinstance(latency, LatencyTable) else latency

@@ -183,7 +183,5 @@ def _grouped_sdpa(
         return function(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
     rows = query.reshape(batch, key.shape[1], groups * count, dim)
     mask = attention_mask.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(2, 3)  # a view for one token
-    output = nn.functional.scaled_dot_product_attention(
-        rows, key, value, attn_mask=mask, scale=options.get("scaling")
-    )
+    output = nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=options.get("scaling"))
     return output.reshape(batch, heads, count, value.shape[-1]).transpose(1, 2).contiguous(), None

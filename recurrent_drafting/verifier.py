@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -24,13 +24,11 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from recurrent_drafting import assets, checkpoint, memory
+from recurrent_drafting.compiled_forward import SIZES, CompiledForward
 from recurrent_drafting.draft_tree import DraftTree
 from recurrent_drafting.errors import DataError, ModelError, NetworkError, ResourceError, UsageError, first_line
 from recurrent_drafting.kv_cache import VerifierCache
 from recurrent_drafting.packed_model import decoding_twin
-
-if TYPE_CHECKING:
-    from recurrent_drafting.compiled_forward import CompiledForward
 
 logger = logging.getLogger(__name__)
 
@@ -140,8 +138,6 @@ class Verifier:
         Raises:
             ModelError: the base does not compile, or gives other logits compiled.
         """
-        from recurrent_drafting.compiled_forward import SIZES, CompiledForward
-
         self._compiled = None
         compiled = CompiledForward(self._body, self._head, self.cache_argument, self.name_or_path)
         for size in tqdm(SIZES, desc="compiling the base, tree sizes"):
