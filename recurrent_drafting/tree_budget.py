@@ -82,13 +82,17 @@ class LatencyCurve:
         recycled = RecycledNodes.of(root, drafter, beam.recycled_nodes)
         usual = _chains(batch_size, min(_USUAL_NODES, most), verifier.device)
         logits = verifier.verify(usual, cache).logits
+        # Free of cost, so that it always goes on: the questions it is asked belong to drafting.
+        budget = DraftBudget(LatencyTable({batch_size: cls((1, most), (1.0, 1.0))}), beam, most)
         for _ in range(repeats + 1):
             start = time.perf_counter()
             with torch.inference_mode():
                 if recycled is not None:
                     recycled.record(usual, logits, torch.zeros_like(root))
-                beams = beam_search.draft(twin, hidden, root, verifier.embed, beam, beam_search.Hints(None, recycled))
-                DraftTree.from_beams(root, beams).parents.tolist()  # waits for the device
+                hints = beam_search.Hints(None, recycled)
+                beams = beam_search.draft(twin, hidden, root, verifier.embed, beam, hints, budget.worth_going_on)
+                nodes = budget.choose(beams.log_probs)
+                DraftTree.from_beams(root, beams, nodes).parents.tolist()  # waits for the device
             samples[0].append(time.perf_counter() - start)
             for size in sizes:
                 start = time.perf_counter()

@@ -139,15 +139,19 @@ class Verifier:
             ModelError: the base does not compile, or gives other logits compiled.
         """
         self._compiled = None
-        compiled = CompiledForward(self._body, self._head, self.cache_argument, self.name_or_path)
-        for size in tqdm(SIZES, desc="compiling the base, tree sizes"):
-            tokens = [(7 * node + 5) % self.vocab_size for node in range(size)]
+        prompts = self._probe_tokens()[0][:1]
+        trees = [[(7 * node + 5) % self.vocab_size for node in range(size)] for size in SIZES]
+        plain = [self._probe_tree(prompts, tokens) for tokens in trees]
+        self._compiled = CompiledForward(self._body, self._head, self.cache_argument, self.name_or_path)
+        try:
+            for tokens, expected in zip(tqdm(trees, desc="compiling the base, tree sizes"), plain, strict=True):
+                gap = _relative_gap(self._probe_tree(prompts, tokens), expected)
+                if gap > self._tolerance:
+                    words = f"compiled, a tree of {len(tokens)} nodes gives logits {gap:.2g} (relative) off"
+                    raise ModelError(f"{self.name_or_path} is not decoded: {words}; run without --compile")
+        except ModelError:
             self._compiled = None
-            expected = self._probe_tree(self._probe_tokens()[0][:1], tokens)
-            self._compiled = compiled
-            gap = _relative_gap(self._probe_tree(self._probe_tokens()[0][:1], tokens), expected)
-            if gap > self._tolerance:
-                raise self._unsupported(f"compiled, a tree of {size} nodes gives logits {gap:.2g} (relative) off")
+            raise
 
     @property
     def compiles(self) -> bool:
