@@ -106,7 +106,9 @@ class CompiledForward:
             hidden = body(input_ids=ids, attention_mask=mask, position_ids=positions, **options).last_hidden_state
             return hidden, head(hidden)
 
-        self._forward = torch.compile(forward, fullgraph=True, dynamic=False)
+        # transformers keeps registries that grow with other models of the process: they change nothing here.
+        filters = {"guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe}
+        self._forward = torch.compile(forward, fullgraph=True, dynamic=False, options=filters)
 
     @staticmethod
     def capacity(rows: int, slots: int) -> int:
@@ -175,4 +177,5 @@ def _compiling(name: str, device: torch.device) -> Iterator[None]:
         try:
             yield
         except torch._dynamo.exc.TorchDynamoException as error:
-            raise ModelError(f"{name} does not compile: {first_line(error)}; run without --compile") from error
+            reason = first_line(getattr(error, "inner_exception", error))
+            raise ModelError(f"{name} does not compile: {reason}; run without --compile") from error

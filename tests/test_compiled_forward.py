@@ -19,6 +19,13 @@ SETTINGS = (SamplingConfig(), SamplingConfig(temperature=1.0, seed=5))
 PROMPTS = [[1, 5, 9, 33, 2, 8], [4, 4, 7]]
 
 
+@pytest.fixture
+def few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile less: a tree of 5 nodes is a large one then."""
+    for module in ("compiled_forward", "verifier"):
+        monkeypatch.setattr(f"recurrent_drafting.{module}.SIZES", (1, 4))
+
+
 def test_only_one_row_few_nodes_and_a_cache_with_room_run_compiled() -> None:
     compiled = CompiledForward(torch.nn.Identity(), torch.nn.Identity(), "cache", "none")
     assert compiled.capacity(1, 100) == CAPACITY
@@ -36,13 +43,12 @@ def test_only_one_row_few_nodes_and_a_cache_with_room_run_compiled() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(900)  # the compiler
 @pytest.mark.parametrize(
-    ("family", "windowed", "dtype"),
-    [("llama", False, torch.float32), ("gemma3", True, torch.float64), ("gpt2", False, torch.float64)],
+    ("family", "windowed", "dtype"), [("llama", False, torch.float32), ("gemma3", True, torch.float64)]
 )
 def test_compiled_texts_are_the_plain_ones_and_nothing_is_compiled_twice(
-    family: str, windowed: bool, dtype: torch.dtype
+    family: str, windowed: bool, dtype: torch.dtype, few_sizes: None
 ) -> None:
     verifier = Verifier(FAMILIES[family].model(windowed=windowed).to(dtype), family)
     expected = [
@@ -59,7 +65,7 @@ def test_compiled_texts_are_the_plain_ones_and_nothing_is_compiled_twice(
                 [prompt], max_new_tokens=40, sampling=sampling, request_ids=[row]
             )
             assert got.sequences == [texts[row]]
-        for nodes in (2, 4, 7, 16, 17):
+        for nodes in (2, 4, 5):
             beam = replace(BeamConfig(width=6, length=4), max_nodes=nodes)
             decoder = NoisyOracleDecoder(verifier, drafter, beam, 0.7, seed=nodes)
             decoder.truth = [texts[0]]
@@ -71,17 +77,25 @@ def test_compiled_texts_are_the_plain_ones_and_nothing_is_compiled_twice(
 
 
 @pytest.mark.slow
-def test_a_base_that_does_not_compile_is_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_that_does_not_compile_is_named_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, few_sizes: None
+) -> None:
     verifier = make_verifier("llama", dtype=torch.float32)
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nonexistent/c++",))
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
-    with pytest.raises(ModelError, match=r"tiny-llama does not compile: .*; run without --compile"):
+    layer = verifier.model.model.layers[1]
+    forward = layer.forward
+
+    def interrupted(*args: object, **options: object) -> object:
+        torch._dynamo.graph_break()
+        return forward(*args, **options)
+
+    monkeypatch.setattr(layer, "forward", interrupted)
+    with pytest.raises(ModelError, match=r"^tiny-llama does not compile: .*graph_break.*; run without --compile$"):
         verifier.compile()
     assert not verifier.compiles
 
 
 @pytest.mark.slow
-def test_compiled_logits_that_are_off_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_logits_that_are_off_are_not_used(monkeypatch: pytest.MonkeyPatch, few_sizes: None) -> None:
     verifier = make_verifier("llama", dtype=torch.float32)
     forward = CompiledForward.__call__
 
