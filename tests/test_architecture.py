@@ -28,6 +28,7 @@ ORDER = (
     "prompt_lookup",
     "kv_cache",
     "packed_model",
+    "compiled_forward",
     "sampling",
     "acceptance",
     "drafter",
