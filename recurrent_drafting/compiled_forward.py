@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -164,6 +166,9 @@ def _compiling(name: str, device: torch.device) -> Iterator[None]:
     Weights packed by oneDNN cannot be written to the compiler's cache on disk: without them a second run starts in
     a fraction of the time, and its own kernels are as fast.
     """
+    if "distutils" in sys.modules:
+        # Fetching an asset loads pip and with it this module, beside which setuptools, of the compiler, refuses its own.
+        os.environ.setdefault("SETUPTOOLS_USE_DISTUTILS", "stdlib")
     options: dict[str, Any] = {"max_autotune": True}
     if device.type == "cpu":
         options |= {"freezing": True, "max_autotune_gemm_backends": "CPP,ATEN"}

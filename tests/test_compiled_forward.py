@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.utils.cpp_extension  # the compiler's; it has to come before a test that loads pip, and with it distutils
 from torch._dynamo.utils import counters
 
 from recurrent_drafting import AutoregressiveDecoder, BeamConfig, SamplingConfig, SpeculativeDecoder, Verifier
