@@ -167,7 +167,7 @@ def _compiling(name: str, device: torch.device) -> Iterator[None]:
     a fraction of the time, and its own kernels are as fast.
     """
     if "distutils" in sys.modules:
-        # Fetching an asset loads pip and with it this module, beside which setuptools, of the compiler, refuses its own.
+        # Fetching an asset loads pip and with it this module, beside which the compiler's setuptools refuses its own.
         os.environ.setdefault("SETUPTOOLS_USE_DISTUTILS", "stdlib")
     options: dict[str, Any] = {"max_autotune": True}
     if device.type == "cpu":
