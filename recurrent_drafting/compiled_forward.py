@@ -166,8 +166,8 @@ def _compiling(name: str, device: torch.device) -> Iterator[None]:
     Weights packed by oneDNN cannot be written to the compiler's cache on disk: without them a second run starts in
     a fraction of the time, and its own kernels are as fast.
     """
-    if "distutils" in sys.modules:
-        # Fetching an asset loads pip and with it this module, beside which the compiler's setuptools refuses its own.
+    if "pip" in sys.modules:
+        # Fetching an asset loads pip, after which setuptools, of the compiler, does not find its own distutils.
         os.environ.setdefault("SETUPTOOLS_USE_DISTUTILS", "stdlib")
     options: dict[str, Any] = {"max_autotune": True}
     if device.type == "cpu":
