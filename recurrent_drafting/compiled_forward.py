@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -166,9 +165,8 @@ def _compiling(name: str, device: torch.device) -> Iterator[None]:
     Weights packed by oneDNN cannot be written to the compiler's cache on disk: without them a second run starts in
     a fraction of the time, and its own kernels are as fast.
     """
-    if "pip" in sys.modules:
-        # Fetching an asset loads pip, after which setuptools, of the compiler, does not find its own distutils.
-        os.environ.setdefault("SETUPTOOLS_USE_DISTUTILS", "stdlib")
+    # Fetching an asset loads pip, after which setuptools, of the compiler, does not find its own distutils.
+    os.environ.setdefault("SETUPTOOLS_USE_DISTUTILS", "stdlib")
     options: dict[str, Any] = {"max_autotune": True}
     if device.type == "cpu":
         options |= {"freezing": True, "max_autotune_gemm_backends": "CPP,ATEN"}
