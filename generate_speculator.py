@@ -197,6 +197,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     sampling_config(args)
     if not all([*args.stop, *args.bad_words]):
         raise UsageError("--stop and --bad_words take non-empty text, got ''")
+    if args.compile and args.batch_size > 1:
+        raise UsageError(f"--compile is for one prompt at a time, got --batch_size {args.batch_size}: drop one of them")
     _check_evaluation(args)
     _check_sweep(args)
     cli.settings_of(DeliverySettings, args).require_deliverable()

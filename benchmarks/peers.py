@@ -42,7 +42,7 @@ from recurrent_drafting import (
     report,
 )
 from recurrent_drafting.checkpoint import load_drafter
-from recurrent_drafting.errors import ResourceError
+from recurrent_drafting.errors import ResourceError, UsageError
 from recurrent_drafting.metrics import DecodingStats
 from recurrent_drafting.tree_budget import LatencyTable
 
@@ -313,6 +313,8 @@ def efficiency(speedup: float, speculative: SpeculativeDecoder, tau: float, node
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Run all methods and compare."""
+    if args.compile and args.batch_size > 1:
+        raise UsageError(f"--compile is for batch 1, got --batch_size {args.batch_size}: drop one of them")
     verifier = Verifier.from_pretrained(args.base_model, args.dtype)
     prompts = harness.mt_bench_prompts(args.base_model, args.prompts)
     batches = [prompts[start : start + args.batch_size] for start in range(0, len(prompts), args.batch_size)]

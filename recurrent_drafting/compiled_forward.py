@@ -2,8 +2,8 @@
 
 A forward over few tokens spends much of its time between the products. The compiler fuses what lies between them
 and picks a kernel for every product by timing. It wants fixed shapes, so trees are padded to one of ``SIZES`` and
-the cache has a fixed capacity; only the width of the mask is left open, since every further open length takes the
-compiler another half minute. Larger trees and batches and longer texts go the usual way. Weights that change
+the cache has a fixed capacity; only the width of the mask is left open, since further open lengths take the
+compiler much longer. Larger trees and batches and longer texts go the usual way. Weights that change
 later are not seen: compile anew.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -21,10 +20,10 @@ import torch
 import torch._dynamo
 import torch._inductor.config
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from recurrent_drafting.errors import ModelError, first_line
-from recurrent_drafting.kv_cache import VerifierCache
+from recurrent_drafting.kv_cache import StorageLayer, VerifierCache
 
 # Nodes of the trees that are compiled; a smaller tree is padded to the next one.
 SIZES = (1, 4, 8, 16)
@@ -36,7 +35,7 @@ _COLUMNS = 64
 _MOST_VARIANTS = 256
 
 
-class _FixedLayer(CacheLayerMixin):
+class _FixedLayer(StorageLayer):
     """Keys and values of one layer, written at given slots and read up to a given width.
 
     Args:
@@ -46,17 +45,12 @@ class _FixedLayer(CacheLayerMixin):
         width: slots that are read, those of the mask.
     """
 
-    is_sliding = False
     is_compileable = True
 
     def __init__(self, keys: Tensor, values: Tensor, slots: Tensor, width: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.keys, self.values = keys, values
         self._slots, self._width = slots, width
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Do nothing: the storage is the cache's."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the new states ``[1, heads, n, dim]`` and return all, ``[1, heads, width, dim]``."""
@@ -75,10 +69,6 @@ class _FixedLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         """Return the width in tokens."""
-        return self._width
-
-    def get_max_cache_shape(self) -> int:
-        """Return the width in tokens, by the name that older versions use."""
         return self._width
 
 
@@ -108,7 +98,7 @@ class CompiledForward:
             return hidden, head(hidden)
 
         # transformers keeps registries that grow with other models of the process: they change nothing here.
-        filters = {"guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe}
+        filters: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe}
         self._forward = torch.compile(forward, fullgraph=True, dynamic=False, options=filters)
 
     @staticmethod
@@ -165,8 +155,6 @@ def _compiling(name: str, device: torch.device) -> Iterator[None]:
     Weights packed by oneDNN cannot be written to the compiler's cache on disk: without them a second run starts in
     a fraction of the time, and its own kernels are as fast.
     """
-    # Fetching an asset loads pip, after which setuptools, of the compiler, does not find its own distutils.
-    os.environ.setdefault("SETUPTOOLS_USE_DISTUTILS", "stdlib")
     options: dict[str, Any] = {"max_autotune": True}
     if device.type == "cpu":
         options |= {"freezing": True, "max_autotune_gemm_backends": "CPP,ATEN"}

@@ -15,20 +15,31 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
-class _LayerView(CacheLayerMixin):
-    """Let one attention layer write to and read from the shared storage."""
+class StorageLayer(CacheLayerMixin):
+    """What transformers asks of one attention layer's cache, where the storage is the verifier cache's."""
 
     is_sliding = False
     is_compileable = False
 
-    def __init__(self, cache: VerifierCache, layer_index: int) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._cache = cache
-        self._layer_index = layer_index
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Do nothing: the cache allocates its storage at the first write."""
+        """Do nothing with states ``[B, heads, n, dim]``: the verifier cache allocates at the first write."""
+
+    def get_max_cache_shape(self) -> int:
+        """Return what ``get_max_length`` does, by the name that older versions use."""
+        return int(self.get_max_length())
+
+
+class _LayerView(StorageLayer):
+    """Let one attention layer write to and read from the shared storage."""
+
+    def __init__(self, cache: VerifierCache, layer_index: int) -> None:
+        super().__init__()
+        self._cache = cache
+        self._layer_index = layer_index
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append the new states ``[B, heads, n, dim]`` and return all of them, ``[B, heads, S, dim]``."""
@@ -45,10 +56,6 @@ class _LayerView(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         """Return the capacity in tokens."""
-        return self._cache.capacity
-
-    def get_max_cache_shape(self) -> int:
-        """Return the capacity in tokens, by the name that older versions use."""
         return self._cache.capacity
 
 

@@ -142,16 +142,17 @@ class Verifier:
         prompts = self._probe_tokens()[0][:1]
         trees = [[(7 * node + 5) % self.vocab_size for node in range(size)] for size in SIZES]
         plain = [self._probe_tree(prompts, tokens) for tokens in trees]
-        self._compiled = CompiledForward(self._body, self._head, self.cache_argument, self.name_or_path)
+        compiled = CompiledForward(self._body, self._head, self.cache_argument, self.name_or_path)
+        self._compiled, ready = compiled, False
         try:
             for tokens, expected in zip(tqdm(trees, desc="compiling the base, tree sizes"), plain, strict=True):
                 gap = _relative_gap(self._probe_tree(prompts, tokens), expected)
                 if gap > self._tolerance:
                     words = f"compiled, a tree of {len(tokens)} nodes gives logits {gap:.2g} (relative) off"
                     raise ModelError(f"{self.name_or_path} is not decoded: {words}; run without --compile")
-        except ModelError:
-            self._compiled = None
-            raise
+            ready = True
+        finally:
+            self._compiled = compiled if ready else None
 
     @property
     def compiles(self) -> bool:

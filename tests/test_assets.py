@@ -10,6 +10,7 @@ import shutil
 import sys
 import zipfile
 from dataclasses import replace
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -98,7 +99,7 @@ def test_another_client_serves_where_pip_is_missing(
     uvx.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m "$@"\n')
     uvx.chmod(0o755)
     monkeypatch.setenv("PATH", str(uvx.parent), prepend=":")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(PathFinder, "find_spec", lambda _: None)
     assert assets.fetch("toy").read_bytes() == CONTENT
 
 
@@ -142,7 +143,7 @@ def test_a_bad_download_is_a_network_error_and_nothing_is_kept(
 
 
 def test_without_any_client_the_way_to_one_is_named(index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(PathFinder, "find_spec", lambda _: None)
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(NetworkError, match=r"python -m ensurepip, or name another prompt file: a local \.jsonl"):
         assets.fetch("toy")

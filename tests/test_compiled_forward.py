@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+import generate_speculator
 from recurrent_drafting import AutoregressiveDecoder, BeamConfig, SamplingConfig, SpeculativeDecoder, Verifier
 from recurrent_drafting.compiled_forward import CAPACITY, SIZES, CompiledForward
 from recurrent_drafting.errors import ModelError
@@ -92,6 +93,12 @@ def test_a_base_that_does_not_compile_is_named_with_the_reason(
     with pytest.raises(ModelError, match=r"^tiny-llama does not compile: .*graph_break.*; run without --compile$"):
         verifier.compile()
     assert not verifier.compiles
+
+
+def test_more_than_one_prompt_at_a_time_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    code = generate_speculator.main(["--eval_mt_bench", "--compile", "--batch_size", "4"])
+    assert code == 2
+    assert "--compile is for one prompt at a time, got --batch_size 4" in capsys.readouterr().err
 
 
 @pytest.mark.slow
