@@ -34,19 +34,20 @@ class Coupling:
     noise_of: Callable[[int, Tensor], Tensor] | None = None
 
     def score(self, logits: Tensor, depth: int, further: Tensor) -> Tensor:
-        """Return ``(c log q + G) / s`` of what a depth may propose, up to a constant per beam, ``[B, W', V_d + n]``.
+        """Return the logarithm of ``softmax((c log q + G) / s)`` over what a depth may propose, ``[B, W', V_d + n]``.
 
         Args:
             logits: of the same tokens, float32 ``[B, W', V_d + n]``.
             depth: from 0.
             further: the last n tokens of each beam, int64 ``[B, W', n]``.
         """
-        warped = self.warp(logits.flatten(0, 1)).view(logits.shape)
         noise = self.noise[:, depth].unsqueeze(1).float()
+        known = noise.shape[2]
+        scores = self.warp(logits.flatten(0, 1)).view(logits.shape) * (self.sharpness / self.temperature)
+        scores[:, :, :known] += noise / self.temperature  # in place: the draft vocabulary is what takes the time
         if further.shape[2] and self.noise_of is not None:
-            others = self.noise_of(depth, further).float()
-            noise = torch.cat([noise.expand(-1, logits.shape[1], -1), others], dim=2)
-        return (self.sharpness * warped + noise) / self.temperature
+            scores[:, :, known:] += self.noise_of(depth, further).float() / self.temperature
+        return scores.log_softmax(dim=2)
 
 
 @dataclass(frozen=True)
@@ -75,17 +76,18 @@ class Hints:
             before: the token before it, int64 ``[B, W']``.
 
         Returns:
-            Scores, log-probabilities up to a constant per beam, float32 ``[B, W', V_d + n]``: of the draft
-            vocabulary and of n further tokens, int64 ``[B, W', n]``, n = 0 without recycled nodes.
+            Log-probabilities, float32 ``[B, W', V_d + n]``: of the draft vocabulary and of n further tokens,
+            int64 ``[B, W', n]``, n = 0 without recycled nodes.
         """
         further = tokens.new_empty(*tokens.shape, 0)
         if self.recycled is not None:
             found = self.recycled.look_up(tokens, before)
-            logits, further = self.recycled.blend(logits, found), found.tokens
-        logits = logits.float()
+            log_probs, further = self.recycled.blend(logits, found), found.tokens
+        else:
+            log_probs = logits.float().log_softmax(dim=2)
         if self.coupling is not None:
-            logits = self.coupling.score(logits, depth, further)
-        return logits, further
+            log_probs = self.coupling.score(log_probs, depth, further)
+        return log_probs, further
 
 
 def draft(  # noqa: PLR0913, PLR0917 - six that say what to draft, one that says how far
@@ -119,15 +121,14 @@ def draft(  # noqa: PLR0913, PLR0917 - six that say what to draft, one that says
     embeddings = embed(root).unsqueeze(1)
     state = drafter.advance(drafter.initial_state(embeddings), embeddings)
     scores = torch.zeros(len(root), 1, device=context.device)
-    sound = torch.ones(len(root), dtype=torch.bool, device=context.device)
     tokens, before = root.unsqueeze(1), hints.before(root).unsqueeze(1)
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    largest: list[Tensor] = []
     for depth in range(beam.length):
         logits = drafter.logits(context.unsqueeze(1).expand(-1, state.shape[1], -1), state)
         choices, further = hints.apply(logits, depth, tokens, before)
-        values, places = _expand(choices, width)
-        # NaN, and infinity less infinity; a filtered token's -inf is none of them.
-        sound = sound & ~values.isnan().flatten(1).any(dim=1)
+        values, places = choices.topk(width, dim=-1)
+        largest.append(values[:, :, 0])
         scores, best = _best(scores.unsqueeze(2) + values, width)
         parents, places = best // width, places.flatten(1).gather(1, best)
         before, tokens = tokens.gather(1, parents), _token_ids(places, parents, draft_token_ids, further)
@@ -137,13 +138,9 @@ def draft(  # noqa: PLR0913, PLR0917 - six that say what to draft, one that says
                 break
             state = state.gather(1, parents.unsqueeze(2).expand(-1, -1, state.shape[2]))
             state = drafter.advance(state, embed(tokens))
+    # A single logit that is not finite makes all log-probabilities of its beam NaN; a filtered token's -inf does not.
+    sound = ~torch.cat(largest, dim=1).isnan().any(dim=1)
     return _stacked(kept, sound)
-
-
-def _expand(choices: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Return the ``width`` best of each beam's choices ``[B, W', C]``: log-probabilities and places ``[B, W', W]``."""
-    values, places = choices.topk(width, dim=-1)
-    return values - choices.logsumexp(dim=-1, keepdim=True), places
 
 
 def _token_ids(places: Tensor, parents: Tensor, draft_token_ids: Tensor, further: Tensor) -> Tensor:

@@ -163,70 +163,92 @@ def join(beams: Beams, copies: Copies) -> Beams:
     missing = max(length - copies.tokens.shape[1], 0)
     tokens = functional.pad(copies.tokens, (0, missing))
     log_repeat = functional.pad(copies.log_probs, (0, missing), value=-torch.inf)
-    descent = _Descent(beams)
-    columns, log_probs = [descent.column], []
-    for depth in range(length):
-        log_probs.append(descent.deepen(depth, tokens[:, depth], log_repeat[:, depth]))
-        columns.append(descent.column)
+    descent = _descend(beams, tokens[:, :length], ~log_repeat[:, :length].isneginf())
+    log_probs, pooled = _pool(beams, descent, log_repeat[:, :length])
     # Below the drafter's last depth the copy goes on alone: the last column hangs on itself.
     tail = tokens.shape[1] - length
-    parents = functional.pad(torch.stack(columns, dim=1), (0, tail), value=width)[:, : length + tail]
-    deeper = descent.pooled.unsqueeze(1) + log_repeat[:, length:].cumsum(dim=1)
+    parents = functional.pad(descent.columns, (0, tail), value=width)[:, : length + tail]
+    deeper = pooled[:, -1:] + log_repeat[:, length:].cumsum(dim=1)
     return Beams(
         tokens=torch.cat([functional.pad(beams.tokens, (0, 0, 0, tail)), tokens.unsqueeze(2)], dim=2),
         parents=torch.cat([functional.pad(beams.parents, (0, 0, 0, tail)), parents.unsqueeze(2)], dim=2),
-        log_probs=torch.cat(
-            [torch.stack(log_probs, dim=1), functional.pad(deeper.unsqueeze(2), (width, 0), value=-torch.inf)], dim=1
-        ),
+        log_probs=torch.cat([log_probs, functional.pad(deeper.unsqueeze(2), (width, 0), value=-torch.inf)], dim=1),
     )
 
 
+@dataclass(frozen=True)
 class _Descent:
-    """The copied text on its way down the drafter's beams, depth by depth.
+    """The copied text's way down the drafter's beams; L depths, W columns.
 
-    ``column`` and ``pooled`` tell of the copied text's node at the depth reached: its column, int64 ``[B]`` (W where
-    it is copied alone), and its path log-probability pooled from both sources, ``[B]``.
+    Args:
+        columns: the column of its node before each depth and after the last, W where it is copied alone, int64
+            ``[B, L + 1]``.
+        shared: whether the drafter has the node above and something is copied, bool ``[B, L]``.
+        siblings: the drafter's children of the node above, bool ``[B, L, W]``.
+        same: which of them is the copied token, bool ``[B, L, W]``.
+    """
+
+    columns: Tensor
+    shared: Tensor
+    siblings: Tensor
+    same: Tensor
+
+
+def _descend(beams: Beams, tokens: Tensor, copied: Tensor) -> _Descent:
+    """Follow copied tokens, int64 ``[B, L]``, from the root on; ``copied`` tells where there are any, bool ``[B, L]``."""
+    batch, length, width = beams.tokens.shape
+    drafted = ~beams.log_probs.isneginf()
+    matches = drafted & (beams.tokens == tokens.unsqueeze(2))
+    columns = [beams.parents.new_zeros(batch)]
+    shared = [copied[:, 0]]
+    siblings, same = [], []
+    for depth in range(length):
+        siblings.append((beams.parents[:, depth] == columns[-1].unsqueeze(1)) & shared[-1].unsqueeze(1))
+        same.append(siblings[-1] & matches[:, depth])
+        hit, at = same[-1].max(dim=1)
+        columns.append(torch.where(hit, at, width))
+        if depth + 1 < length:
+            shared.append(hit & copied[:, depth + 1])
+    return _Descent(
+        columns=torch.stack(columns, dim=1),
+        shared=torch.stack(shared, dim=1),
+        siblings=torch.stack(siblings, dim=1) & drafted,
+        same=torch.stack(same, dim=1),
+    )
+
+
+def _pool(beams: Beams, descent: _Descent, log_repeat: Tensor) -> tuple[Tensor, Tensor]:
+    """Pool the copied tokens' probabilities, and move those of their siblings and all that is below.
 
     Args:
         beams: the drafter's, ``[B, L, W]``.
+        descent: of the copied text.
+        log_repeat: log-probabilities of the copied tokens as the repeat gives them, ``[B, L]``.
+
+    Returns:
+        Path log-probabilities of the W columns and of the copied text where it is alone, ``[B, L, W + 1]``, and of
+        the copied text throughout, ``[B, L]``.
     """
-
-    def __init__(self, beams: Beams) -> None:
-        batch, _, width = beams.tokens.shape
-        self._beams = beams
-        self.column = beams.parents.new_zeros(batch)
-        # Of the same node: whether the drafter has it too, and its path log-probability there.
-        self._shared = torch.ones_like(self.column, dtype=torch.bool)
-        self.pooled = self._own = beams.log_probs.new_zeros(batch)
-        # Per column of the depth reached: its path log-probability, and how far pooling moved it.
-        self._paths = self._moved = beams.log_probs.new_zeros(batch, width)
-
-    def deepen(self, depth: int, token: Tensor, log_repeat: Tensor) -> Tensor:
-        """Go down to a depth and return the path log-probabilities of its columns, ``[B, W + 1]``.
-
-        Args:
-            depth: one more than that of the last call, from 0.
-            token: copied at that depth, int64 ``[B]``.
-            log_repeat: its log-probability as the repeat gives it, ``[B]``; ``-inf`` where nothing is copied.
-        """
-        parents, drafted = self._beams.parents[:, depth], self._beams.log_probs[:, depth]
-        shared = self._shared & ~log_repeat.isneginf()
-        # The drafter's children of the copied text's node, and which of them is the copied token.
-        siblings = shared.unsqueeze(1) & (parents == self.column.unsqueeze(1)) & ~drafted.isneginf()
-        same = siblings & (self._beams.tokens[:, depth] == token.unsqueeze(1))
-        hit, at = same.any(dim=1), same.int().argmax(dim=1)
-        own = drafted.gather(1, at.unsqueeze(1)).squeeze(1)
-        # The token's probability as the drafter gives it, and as pooled; both given the node above.
-        q = torch.where(hit, (own - self._own).exp(), _NOT_DRAFTED).clamp(_LEAST, 1 - _LEAST)
-        p = torch.where(shared, _pooled(log_repeat.exp(), q), log_repeat.exp())
-        self.pooled = self.pooled + p.log()
-        moved = self._moved.gather(1, parents) + torch.where(siblings, ((1 - p) / (1 - q)).log().unsqueeze(1), 0.0)
-        self._moved = torch.where(same, (self.pooled - own).unsqueeze(1), moved)
+    hit = descent.same.any(dim=2)
+    own = torch.where(descent.same, beams.log_probs, 0.0).sum(dim=2)
+    above = functional.pad(own[:, :-1], (1, 0))
+    # The token's probability as the drafter gives it, and as pooled; both given the node above.
+    q = torch.where(hit, (own - above).exp(), _NOT_DRAFTED).clamp(_LEAST, 1 - _LEAST)
+    repeat = log_repeat.exp()
+    p = torch.where(descent.shared, _pooled(repeat, q), repeat)
+    pooled = p.log().cumsum(dim=1)
+    rest = torch.where(descent.siblings, ((1 - p) / (1 - q)).log().unsqueeze(2), 0.0)
+    lifted = (pooled - own).unsqueeze(2)
+    # Per column of a depth: how far pooling moved its path log-probability, and where that led.
+    moved = paths = beams.log_probs.new_zeros(len(own), beams.log_probs.shape[2])
+    log_probs = []
+    for depth, (parents, drafted) in enumerate(zip(beams.parents.unbind(1), beams.log_probs.unbind(1), strict=True)):
+        moved = torch.where(descent.same[:, depth], lifted[:, depth], moved.gather(1, parents) + rest[:, depth])
         # Rounding must not lift a node above its parent.
-        self._paths = torch.minimum(drafted + self._moved, self._paths.gather(1, parents))
-        self._shared, self._own = shared & hit, torch.where(hit, own, self._own)
-        self.column = torch.where(hit, at, self._beams.tokens.shape[2])
-        return torch.cat([self._paths, torch.where(hit, -torch.inf, self.pooled).unsqueeze(1)], dim=1)
+        paths = torch.minimum(drafted + moved, paths.gather(1, parents))
+        log_probs.append(paths)
+    alone = torch.where(hit, -torch.inf, pooled).unsqueeze(2)
+    return torch.cat([torch.stack(log_probs, dim=1), alone], dim=2), pooled
 
 
 def best_chain(beams: Beams, copies: Copies) -> tuple[Tensor, Tensor]:

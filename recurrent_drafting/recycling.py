@@ -10,11 +10,13 @@ alone; here it is one more voice in the beam search.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from recurrent_drafting.draft_tree import DraftTree
 from recurrent_drafting.drafter import Drafter
@@ -62,8 +64,9 @@ class RecycledNodes:
         shape = (rows, capacity, self._kept)
         self._next_tokens = torch.zeros(shape, dtype=torch.long, device=device)
         self._log_probs = torch.full(shape, -torch.inf, dtype=torch.float32, device=device)
-        # The step that filled a slot, from 1 on; all rows take their steps together.
+        # By slot: the step that filled it, from 1 on, all rows take their steps together; and its share of the mixture.
         self._steps = torch.zeros(capacity, dtype=torch.long, device=device)
+        self._log_shares = torch.full((capacity,), math.log(_OLDER), device=device, dtype=torch.float32)
         self._step = self._free = 0
         # The place of each token in the draft vocabulary, -1 outside.
         self._places = torch.full((vocab_size,), -1, dtype=torch.long, device=device)
@@ -82,17 +85,19 @@ class RecycledNodes:
             logits: the verifier's at each node, ``[B, N, V]``.
             last: the last accepted node of each row, int64 ``[B]``.
         """
-        count, capacity = min(tree.num_nodes, len(self._steps)), len(self._steps)
-        slots = (torch.arange(count, device=logits.device) + self._free) % capacity
-        self._free = (self._free + count) % capacity
+        count = min(tree.num_nodes, len(self._steps))
+        # A tree's nodes lie side by side: where the end is too near, the ring starts again a little early.
+        start = self._free if self._free + count <= len(self._steps) else 0
+        self._free = start + count
         self._step += 1
         predecessors = torch.cat([self.before.unsqueeze(1), tree.tokens.gather(1, tree.parents[:, 1:])], dim=1)
-        self._tokens[:, slots] = torch.where(tree.valid, tree.tokens, -1)[:, :count]
-        self._predecessors[:, slots] = predecessors[:, :count]
         # An LM head may have more rows than there are tokens.
-        likely = most_likely(logits[:, :count, : len(self._places)], self._kept)
-        self._next_tokens[:, slots], self._log_probs[:, slots] = likely
-        self._steps[slots] = self._step
+        next_tokens, log_probs = most_likely(logits[:, :count, : len(self._places)], self._kept)
+        self._tokens[:, start : self._free] = torch.where(tree.valid, tree.tokens, -1)[:, :count]
+        self._predecessors[:, start : self._free] = predecessors[:, :count]
+        self._next_tokens[:, start : self._free], self._log_probs[:, start : self._free] = next_tokens, log_probs
+        self._steps[start : self._free] = self._step
+        self._log_shares.fill_(math.log(_OLDER))[start : self._free] = math.log(_LAST_STEP)
         self.before = tree.tokens.gather(1, last.unsqueeze(1)).squeeze(1)
 
     def look_up(self, tokens: Tensor, before: Tensor) -> Predictions:
@@ -102,14 +107,15 @@ class RecycledNodes:
             tokens: last token of each beam, int64 ``[B, n]``.
             before: the token before it, int64 ``[B, n]``.
         """
-        same = (tokens.unsqueeze(2) == self._tokens.unsqueeze(1)).long()
-        pair = same * (before.unsqueeze(2) == self._predecessors.unsqueeze(1))
+        same = tokens.unsqueeze(2) == self._tokens.unsqueeze(1)
+        pair = before.unsqueeze(2) == self._predecessors.unsqueeze(1)
         # By step; a pair of any age ranks above all that are none.
-        rank, slots = (self._steps * same + self._step * pair).max(dim=2)
-        share = torch.where(self._steps[slots] == self._step, _LAST_STEP, _OLDER)
-        share = torch.where(rank > self._step, _SAME_PAIR, share).masked_fill(rank == 0, 0.0)
+        ranks = torch.where(pair, self._steps + self._step, self._steps)
+        rank, slots = torch.where(same, ranks, 0).max(dim=2)
+        log_share = torch.where(rank > self._step, math.log(_SAME_PAIR), self._log_shares[slots])
+        log_share = log_share.masked_fill(rank == 0, -torch.inf)
         rows = torch.arange(len(slots), device=slots.device).unsqueeze(1)
-        log_weights = self._log_probs[rows, slots] + share.log().unsqueeze(2)
+        log_weights = self._log_probs[rows, slots] + log_share.unsqueeze(2)
         return Predictions(self._next_tokens[rows, slots], log_weights)
 
     def blend(self, logits: Tensor, found: Predictions) -> Tensor:
@@ -124,12 +130,12 @@ class RecycledNodes:
             ``-inf`` for those of them that are in the draft vocabulary.
         """
         left = torch.log1p(-found.log_weights.exp().sum(dim=2, keepdim=True))
-        log_q = logits.float().log_softmax(dim=2) + left
-        mixed = torch.cat([log_q, torch.full_like(found.log_weights, -torch.inf)], dim=2)
+        padded = functional.pad(logits.float(), (0, self._kept), value=-torch.inf)
+        mixed = padded.log_softmax(dim=2).add_(left)
         places = self._places[found.tokens]
         outside = logits.shape[2] + torch.arange(self._kept, device=logits.device)
         index = torch.where(places < 0, outside, places)
-        return mixed.scatter(2, index, torch.logaddexp(mixed.gather(2, index), found.log_weights))
+        return mixed.scatter_(2, index, torch.logaddexp(mixed.gather(2, index), found.log_weights))
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only the given rows, in the given order; the others leave the batch."""
@@ -157,20 +163,22 @@ def most_likely(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         Token ids, int64 ``[..., count]``, and float32 log-probabilities of the same shape, largest first;
         ``-inf`` throughout where they are not finite.
     """
-    whole = logits.shape[-1] // _BLOCK * _BLOCK
-    if whole // _BLOCK <= count:
+    blocks = logits.shape[-1] // _BLOCK
+    if blocks <= count:
         values, index = logits, torch.arange(logits.shape[-1], device=logits.device).expand(logits.shape)
         others = logits[..., :0]
     else:
-        blocks = logits[..., :whole].unflatten(-1, (-1, _BLOCK))
-        maxima = blocks.amax(dim=-1)
-        best = maxima.topk(count, dim=-1).indices.unsqueeze(-1)
-        others = maxima.scatter(-1, best.squeeze(-1), -torch.inf)
-        values = blocks.gather(-2, best.expand(*best.shape[:-1], _BLOCK)).flatten(-2)
-        index = (best * _BLOCK + torch.arange(_BLOCK, device=logits.device)).flatten(-2)
+        # Block i holds the tokens i, i + blocks, i + 2 * blocks, ...: maxima across rows of a table are fast.
+        table = logits[..., : blocks * _BLOCK].unflatten(-1, (_BLOCK, blocks))
+        maxima = table.amax(dim=-2)
+        best = maxima.topk(count, dim=-1).indices
+        others = maxima.scatter(-1, best, -torch.inf)
+        best = best.unsqueeze(-2).expand(*best.shape[:-1], _BLOCK, count)
+        values = table.gather(-1, best).flatten(-2)
+        index = (best + blocks * torch.arange(_BLOCK, device=logits.device).unsqueeze(-1)).flatten(-2)
         # What does not fill a block competes too.
-        rest = torch.arange(whole, logits.shape[-1], device=logits.device).expand(*logits.shape[:-1], -1)
-        values, index = torch.cat([values, logits[..., whole:]], dim=-1), torch.cat([index, rest], dim=-1)
+        rest = torch.arange(blocks * _BLOCK, logits.shape[-1], device=logits.device).expand(*logits.shape[:-1], -1)
+        values, index = torch.cat([values, logits[..., blocks * _BLOCK :]], dim=-1), torch.cat([index, rest], dim=-1)
     found, places = values.topk(count, dim=-1)
     normaliser = torch.cat([values, others], dim=-1).float().logsumexp(dim=-1, keepdim=True)
     log_probs = found.float() - normaliser

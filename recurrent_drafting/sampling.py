@@ -35,7 +35,7 @@ def _mix(value: int) -> int:
 
 def _shift_right(value: Tensor, bits: int) -> Tensor:
     """Shift int64 bit patterns right without copying the sign bit."""
-    return (value >> bits) & ((1 << (64 - bits)) - 1)
+    return (value >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 class GumbelNoise:
@@ -66,11 +66,11 @@ class GumbelNoise:
             # Mixed before each part enters: (seed 1, request 2) must not be (seed 2, request 1).
             key = _mix((_mix((key + _GOLDEN) & _MASK64) + part) & _MASK64)
         bits = self._counters + _signed(key)
-        bits = (bits ^ _shift_right(bits, 30)) * _signed(_MIX_1)
-        bits = (bits ^ _shift_right(bits, 27)) * _signed(_MIX_2)
-        bits = bits ^ _shift_right(bits, 31)
+        bits.bitwise_xor_(_shift_right(bits, 30)).mul_(_signed(_MIX_1))
+        bits.bitwise_xor_(_shift_right(bits, 27)).mul_(_signed(_MIX_2))
+        bits.bitwise_xor_(_shift_right(bits, 31))
         # 53 random bits, centred in their cell; the centre of the last cell would round to 1.
-        uniform = ((_shift_right(bits, 11).double() + 0.5) * 2.0**-53).clamp_(max=1 - 2.0**-53)
+        uniform = _shift_right(bits, 11).double().add_(0.5).mul_(2.0**-53).clamp_(max=1 - 2.0**-53)
         return uniform.log_().neg_().log_().neg_()
 
     def rows(self, requests: Sequence[int], positions: Sequence[int], token_ids: Tensor | None = None) -> Tensor:

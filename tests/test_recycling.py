@@ -26,26 +26,29 @@ V = 12
 
 @dataclass
 class Memory:
-    """One row's nodes in plain Python, oldest first: step, token, predecessor, likeliest next tokens."""
+    """One row's nodes in plain Python, by slot: step, token, predecessor, likeliest next tokens."""
 
     before: int
     capacity: int
     step: int = 0
-    nodes: list[tuple[int, int, int, dict[int, float]]] = field(default_factory=list)
+    free: int = 0
+    slots: dict[int, tuple[int, int, int, dict[int, float]]] = field(default_factory=dict)
 
     def record(self, tree: DraftTree, row: int, logits: Tensor, last: int) -> None:
         self.step += 1
-        for node in range(min(tree.num_nodes, self.capacity)):
+        count = min(tree.num_nodes, self.capacity)
+        start = self.free if self.free + count <= self.capacity else 0  # a tree's nodes lie side by side
+        self.free = start + count
+        for node in range(count):
             above = int(tree.tokens[row, tree.parents[row, node]]) if node else self.before
             best = logits[row, node].log_softmax(dim=0).sort(descending=True)
             likely = dict(zip(best.indices[:KEPT].tolist(), best.values[:KEPT].exp().tolist(), strict=True))
             token = int(tree.tokens[row, node]) if tree.valid[row, node] else -1
-            self.nodes.append((self.step, token, above, likely))
-        self.nodes = self.nodes[-self.capacity :]
+            self.slots[start + node] = (self.step, token, above, likely)
         self.before = int(tree.tokens[row, last])
 
     def weights(self, token: int, before: int) -> dict[int, float]:
-        found = [node for node in self.nodes if node[1] == token]
+        found = [node for node in self.slots.values() if node[1] == token]
         pairs = [node for node in found if node[2] == before]
         if not found:
             return {}
