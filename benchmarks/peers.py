@@ -50,8 +50,10 @@ WORKER = Path(__file__).with_name("peer_worker.py")
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _SETTINGS = (
     *("dtype", "temperature", "batch_size", "prompts", "new_tokens", "rounds"),
-    *("compile", "prompt_lookup", "max_tree_nodes"),
+    *("compile", "variants", "more_transformers", "max_tree_nodes"),
 )
+# Of the variant with token recycling: where its gain in tau had levelled off on held-out prompts.
+_RECYCLED_NODES = 512
 Batch = list[list[int]]
 Answer = tuple[list[list[int]], float]
 
@@ -253,14 +255,12 @@ def make_methods(
         decoders["speculative_compiled"] = decoder(compiled)
         methods["baseline_compiled"] = timed(Ours(AutoregressiveDecoder(compiled), args))
         methods["speculative_compiled"] = timed(Ours(decoders["speculative_compiled"], args))
-    if drafter.config.lookup_length or drafter.config.recycled_nodes:
+    if args.variants:
         methods["drafter_alone"] = timed(Ours(decoder(lookup_length=0, recycled_nodes=0), args))
-    if drafter.config.lookup_length and drafter.config.recycled_nodes:
-        methods["prompt_lookup_alone"] = timed(Ours(decoder(recycled_nodes=0), args))
-    if args.batch_size == 1 and not args.temperature:
+        methods["recycling"] = timed(Ours(decoder(recycled_nodes=_RECYCLED_NODES), args))
+    if args.more_transformers and args.batch_size == 1 and not args.temperature:
         methods["bare_loop"] = timed(bare_loop(verifier, args))
-        if args.prompt_lookup:
-            methods["transformers_prompt_lookup"] = timed(hf_generate(verifier, args, prompt_lookup_num_tokens=10))
+        methods["transformers_prompt_lookup"] = timed(hf_generate(verifier, args, prompt_lookup_num_tokens=10))
     return {name: Method(run) for name, run in methods.items()}, decoders
 
 
@@ -447,7 +447,14 @@ def build_parser() -> cli.ArgumentParser:
     )
     parser.add_argument("--max_tree_nodes", type=int, help="default: chosen by cost")
     parser.add_argument("--compile", action="store_true", help="our decoders with the base compiled too; batch 1")
-    parser.add_argument("--prompt_lookup", action="store_true", help="transformers' prompt lookup too")
+    parser.add_argument(
+        "--variants", action="store_true", help="our decoder with the drafter alone, and with token recycling, too"
+    )
+    parser.add_argument(
+        "--more_transformers",
+        action="store_true",
+        help="a bare model(...) loop and transformers' prompt lookup too; greedy, batch 1",
+    )
     parser.add_argument("--vllm_python", help="interpreter that has vLLM")
     parser.add_argument("--ngram", action="store_true", help="vLLM with its own n-gram drafts too")
     parser.add_argument("--llama_python", help="interpreter that has llama-cpp-python")

@@ -138,9 +138,7 @@ def draft(  # noqa: PLR0913, PLR0917 - six that say what to draft, one that says
                 break
             state = state.gather(1, parents.unsqueeze(2).expand(-1, -1, state.shape[2]))
             state = drafter.advance(state, embed(tokens))
-    # A single logit that is not finite makes all log-probabilities of its beam NaN; a filtered token's -inf does not.
-    sound = ~torch.cat(largest, dim=1).isnan().any(dim=1)
-    return _stacked(kept, sound)
+    return _stacked(kept, torch.cat(largest, dim=1))
 
 
 def _token_ids(places: Tensor, parents: Tensor, draft_token_ids: Tensor, further: Tensor) -> Tensor:
@@ -167,9 +165,16 @@ def _best(totals: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return scores, places
 
 
-def _stacked(kept: Sequence[tuple[Tensor, Tensor, Tensor]], sound: Tensor) -> Beams:
-    """Put the depths together: tokens, parents and scores of each ``[B, W]``; ``sound`` is bool ``[B]``."""
+def _stacked(kept: Sequence[tuple[Tensor, Tensor, Tensor]], largest: Tensor) -> Beams:
+    """Put the depths together.
+
+    Args:
+        kept: of each depth tokens, parents and scores, each ``[B, W]``.
+        largest: log-probability of the best choice of every beam of every depth, ``[B, ...]``.
+    """
     tokens, parents, scores = (torch.stack(parts, dim=1) for parts in zip(*kept, strict=True))
-    # A row whose logits were not finite at any depth proposes nothing: its beams never become valid nodes.
+    # A single logit that is not finite makes all log-probabilities of its beam NaN; a filtered token's -inf does not.
+    # Such a row proposes nothing: its beams never become valid nodes.
+    sound = ~largest.isnan().any(dim=1)
     log_probs = torch.where(sound.view(-1, 1, 1), scores, -torch.inf)
     return Beams(tokens=tokens, parents=parents, log_probs=log_probs)

@@ -1,7 +1,7 @@
 """The base's decode forward through torch.compile: one row, a few tree sizes, weights frozen into the kernels.
 
-A forward over few tokens spends much of its time between the products. The compiler fuses what lies between them
-and picks a kernel for every product by timing. It wants fixed shapes, so trees are padded to one of ``SIZES`` and
+A forward over few tokens spends much of its time between the products. The compiler fuses what lies between them,
+and in float32 picks a kernel for every product by timing. It wants fixed shapes, so trees are padded to one of ``SIZES`` and
 the cache has a fixed capacity; only the width of the mask is left open, since further open lengths take the
 compiler much longer. Larger trees and batches and longer texts go the usual way. Weights that change
 later are not seen: compile anew.
@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache
 
 from recurrent_drafting.errors import ModelError, first_line
 from recurrent_drafting.kv_cache import StorageLayer, VerifierCache
+from recurrent_drafting.packed_model import grouped, product_dtype
 
 # Nodes of the trees that are compiled; a smaller tree is padded to the next one.
 SIZES = (1, 4, 8, 16)
@@ -84,6 +85,7 @@ class CompiledForward:
 
     def __init__(self, body: nn.Module, head: nn.Module, cache_argument: str, name: str) -> None:
         self._name = name
+        body = grouped(body)
         self._ready: set[int] = set()
         self.seconds = 0.0
 
@@ -141,7 +143,7 @@ class CompiledForward:
         for tensor in mask.values() if isinstance(mask, dict) else (mask,):
             torch._dynamo.mark_dynamic(tensor, 3)
         start = time.perf_counter()
-        with _compiling(self._name, ids.device):
+        with _compiling(self._name, states[0]):
             found = self._forward(ids, positions, slots, mask, states)
         self.seconds += time.perf_counter() - start
         self._ready.add(size)
@@ -149,20 +151,26 @@ class CompiledForward:
 
 
 @contextlib.contextmanager
-def _compiling(name: str, device: torch.device) -> Iterator[None]:
-    """Choose kernels by timing, with weights as constants where that lays them out anew: on the CPU.
+def _compiling(name: str, states: Tensor) -> Iterator[None]:
+    """Choose how products are computed, with weights as constants where that lays them out anew: on the CPU.
 
-    Weights packed by oneDNN cannot be written to the compiler's cache on disk: without them a second run starts in
-    a fraction of the time, and its own kernels are as fast.
+    In bf16, on processors that multiply it, oneDNN's products are the best there are, and those that read the same
+    input become one. Otherwise the compiler's own are, chosen by timing; oneDNN is kept out of them, since what it
+    has packed cannot be written to the compiler's cache on disk, from which a second run starts sooner.
+
+    Args:
+        name: of the base, for messages.
+        states: keys or values, which tell the device and the dtype.
     """
-    options: dict[str, Any] = {"max_autotune": True}
-    if device.type == "cpu":
-        options |= {"freezing": True, "max_autotune_gemm_backends": "CPP,ATEN"}
+    own = states.device.type != "cpu" or states.dtype != torch.bfloat16 or product_dtype(states.dtype) != states.dtype
+    options: dict[str, Any] = {"max_autotune": own}
+    if states.device.type == "cpu":
+        options |= {"freezing": True, "max_autotune_gemm_backends": "CPP,ATEN", "cpp.enable_concat_linear": True}
     with (
         warnings.catch_warnings(action="ignore"),
         torch._inductor.config.patch(**options),
         torch._dynamo.config.patch(recompile_limit=_MOST_VARIANTS),
-        torch.backends.mkldnn.flags(enabled=False),
+        torch.backends.mkldnn.flags(enabled=not own),
         contextlib.redirect_stderr(io.StringIO()),
     ):
         try:

@@ -105,24 +105,25 @@ def decoding_twin(model: nn.Module) -> nn.Module:
 
 def pack(model: nn.Module) -> nn.Module:
     """Return a twin of a model on the CPU: its plain linear layers packed, all other tensors the model's own."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    twin = copy.deepcopy(model, shared)
+    twin = grouped(model)
     for parent in list(twin.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and _is_plain(child):
                 setattr(parent, name, PackedLinear(child, product_dtype(child.weight.dtype)))
-    _group_attention(twin)
     return twin
 
 
-def _group_attention(twin: nn.Module) -> None:
-    """Switch a model whose key/value heads serve several query heads to attention that does not copy them."""
+def grouped(model: nn.Module) -> nn.Module:
+    """Return a twin with all tensors the model's own, whose attention does not copy grouped keys and values."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, shared)
     layers: list[Any] = [module for module in twin.modules() if getattr(module, "num_key_value_groups", 0) != 0]
-    grouped = [layer for layer in layers if layer.num_key_value_groups > 1 and hasattr(layer, "config")]
-    for config in {id(layer.config): layer.config for layer in grouped}.values():
+    shared_heads = [layer for layer in layers if layer.num_key_value_groups > 1 and hasattr(layer, "config")]
+    for config in {id(layer.config): layer.config for layer in shared_heads}.values():
         if config._attn_implementation == "sdpa":
             AttentionInterface.register(_GROUPED, _grouped_sdpa)
             config._attn_implementation = _GROUPED
+    return twin
 
 
 def _packable(model: nn.Module, linears: Sequence[nn.Linear]) -> bool:

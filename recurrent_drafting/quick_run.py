@@ -17,7 +17,6 @@ SETTINGS = {
     "max_steps": 400,
     "drafter_predict_n_tokens": 3,
     "lookup_length": 16,
-    "recycled_nodes": 512,
     "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 16,
     "max_eval_samples": 16,
