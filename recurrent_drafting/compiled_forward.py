@@ -1,10 +1,10 @@
 """The base's decode forward through torch.compile: one row, a few tree sizes, weights frozen into the kernels.
 
 A forward over few tokens spends much of its time between the products. The compiler fuses what lies between them,
-and in float32 picks a kernel for every product by timing. It wants fixed shapes, so trees are padded to one of ``SIZES`` and
-the cache has a fixed capacity; only the width of the mask is left open, since further open lengths take the
-compiler much longer. Larger trees and batches and longer texts go the usual way. Weights that change
-later are not seen: compile anew.
+and in float32 picks a kernel for every product by timing. It wants fixed shapes, so trees are padded to one of
+``SIZES`` and the cache has a fixed capacity; only the width of the mask is left open, since further open lengths take
+the compiler much longer. Larger trees and batches and longer texts go the usual way. Weights that change later are
+not seen: compile anew.
 """
 
 from __future__ import annotations

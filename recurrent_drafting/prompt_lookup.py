@@ -195,7 +195,13 @@ class _Descent:
 
 
 def _descend(beams: Beams, tokens: Tensor, copied: Tensor) -> _Descent:
-    """Follow copied tokens, int64 ``[B, L]``, from the root on; ``copied`` tells where there are any, bool ``[B, L]``."""
+    """Follow copied tokens from the root on.
+
+    Args:
+        beams: the drafter's, ``[B, L, W]``.
+        tokens: of the copied text, int64 ``[B, L]``.
+        copied: whether there are any, bool ``[B, L]``.
+    """
     batch, length, width = beams.tokens.shape
     drafted = ~beams.log_probs.isneginf()
     matches = drafted & (beams.tokens == tokens.unsqueeze(2))
