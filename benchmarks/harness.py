@@ -56,11 +56,32 @@ def head(script: str, args: argparse.Namespace, *flags: str) -> dict[str, Any]:
     }
 
 
-def mt_bench_prompts(base_model: str, count: int | None) -> list[list[int]]:
-    """Return the token ids of MT-Bench's first turns, so many of them spread over the file, or all."""
+def mt_bench_prompts(base_model: str, count: int | None, most_tokens: int = 0) -> list[list[int]]:
+    """Return the token ids of MT-Bench's first turns, so many of them spread over the file, or all.
+
+    Args:
+        base_model: whose tokenizer and chat template.
+        count: of prompts, None is all.
+        most_tokens: puts as many of the next questions before each one as fit in so many tokens; 0 leaves it alone.
+    """
     tokenizer = data.load_tokenizer(base_model)
+    every = [item.turns[0] for item in prompt_files.load_questions("mt-bench", None)[0]]
     questions, _ = prompt_files.load_questions("mt-bench", count, spread=True)
-    return [data.render(tokenizer, [{"role": "user", "content": item.turns[0]}], ask=True) for item in questions]
+
+    def render(text: str) -> list[int]:
+        return data.render(tokenizer, [{"role": "user", "content": text}], ask=True)
+
+    prompts = []
+    for question in questions:
+        text = question.turns[0]
+        start = every.index(text) + 1
+        for other in every[start:] + every[:start] if most_tokens else ():
+            longer = f"{other}\n\n{text}"
+            if len(render(longer)) > most_tokens:
+                break
+            text = longer
+        prompts.append(render(text))
+    return prompts
 
 
 def write(record: dict[str, Any], output: Path | None, plot: Callable[[dict[str, Any]], str] | None = None) -> None:

@@ -49,7 +49,7 @@ from recurrent_drafting.tree_budget import LatencyTable
 WORKER = Path(__file__).with_name("peer_worker.py")
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _SETTINGS = (
-    *("dtype", "temperature", "batch_size", "prompts", "new_tokens", "rounds"),
+    *("dtype", "temperature", "batch_size", "prompts", "prompt_tokens", "new_tokens", "rounds"),
     *("compile", "variants", "more_transformers", "max_tree_nodes"),
 )
 # Of the variant with token recycling: where its gain in tau had levelled off on held-out prompts.
@@ -316,7 +316,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.compile and args.batch_size > 1:
         raise UsageError(f"--compile is for batch 1, got --batch_size {args.batch_size}: drop one of them")
     verifier = Verifier.from_pretrained(args.base_model, args.dtype)
-    prompts = harness.mt_bench_prompts(args.base_model, args.prompts)
+    prompts = harness.mt_bench_prompts(args.base_model, args.prompts, args.prompt_tokens)
     batches = [prompts[start : start + args.batch_size] for start in range(0, len(prompts), args.batch_size)]
     workers: dict[str, Worker] = {}
     try:
@@ -445,6 +445,7 @@ def build_parser() -> cli.ArgumentParser:
     parser = harness.build_parser(
         __doc__, dtype="auto", temperature=0.0, batch_size=1, prompts=16, new_tokens=128, rounds=3
     )
+    parser.add_argument("--prompt_tokens", type=int, default=0, help="lengthen prompts to at most so many tokens")
     parser.add_argument("--max_tree_nodes", type=int, help="default: chosen by cost")
     parser.add_argument("--compile", action="store_true", help="our decoders with the base compiled too; batch 1")
     parser.add_argument(

@@ -415,7 +415,7 @@ class SpeculativeDecoder(_Decoder):
             batch.context,
             batch.root,
             self.verifier.embed,
-            self.beam,
+            self.beam if budget is None or budget.width == self.beam.width else replace(self.beam, width=budget.width),
             beam_search.Hints(self._coupling(batch), batch.recycled),
             None if budget is None else budget.worth_going_on,
         )

@@ -277,12 +277,7 @@ class Evaluation:
         if log is None or decoder is None or not isinstance(decoder.latency, LatencyTable):
             return
         curves = log.first_curves({str(rows): asdict(curve) for rows, curve in decoder.latency.curves.items()})
-        decoder.latency = LatencyTable(
-            {
-                int(rows): LatencyCurve(tuple(curve["nodes"]), tuple(curve["seconds"]), curve["depth_seconds"])
-                for rows, curve in curves.items()
-            }
-        )
+        decoder.latency = LatencyTable({int(rows): LatencyCurve.of(curve) for rows, curve in curves.items()})
 
     def _warm_up(self, question: Question) -> None:
         prompt, _ = self._encode([{"role": "user", "content": question.turns[0]}])

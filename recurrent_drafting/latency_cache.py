@@ -24,7 +24,7 @@ from recurrent_drafting.verifier import Verifier
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 2
+_FORMAT = 3
 _DRAFTER_SHAPE = ("hidden_size", "exit_dim", "num_draft_layers", "draft_vocab_size", "vocab_size", "rnn", "emb_norm")
 
 
@@ -52,7 +52,7 @@ def latency_table(
             kept[str(rows)] = {"repeats": repeats, **asdict(curve)}
             fresh = True
         else:
-            curve = LatencyCurve(tuple(entry["nodes"]), tuple(entry["seconds"]), entry["depth_seconds"])
+            curve = LatencyCurve.of(entry)
         curves[rows] = curve
     if fresh and path is not None:
         _write(path, {"key": key, "curves": kept})
@@ -112,7 +112,8 @@ def _read(path: Path | None, key: dict[str, Any]) -> dict[str, Any]:
 
 def _is_curve(entry: Any) -> bool:
     nodes, seconds = entry["nodes"], entry["seconds"]
-    values = [entry["depth_seconds"], entry["repeats"], *nodes, *seconds]
+    narrow = [value for pair in entry["narrow"] for value in pair]
+    values = [entry["depth_seconds"], entry["repeats"], *nodes, *seconds, *narrow]
     return bool(nodes) and len(nodes) == len(seconds) and all(type(value) in (int, float) for value in values)
 
 

@@ -6,8 +6,9 @@ import bisect
 import itertools
 import math
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +24,10 @@ from recurrent_drafting.verifier import Verifier
 
 # Tree sizes that are timed; a step verifies one of them, so shapes stay few.
 NODE_COUNTS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+# Beam widths that are timed besides the full one.
+_NARROW = (2, 4)
+# Steps whose trees say how wide the next beams need to be.
+_RECENT_STEPS = 8
 # A tree whose nodes are recycled where drafting is timed.
 _USUAL_NODES = 16
 # Drafted tokens that a generation's own record of acceptance is weighed against.
@@ -41,11 +46,19 @@ class LatencyCurve:
         nodes: tree sizes N, rising.
         seconds: median seconds of a forward over N nodes.
         depth_seconds: seconds of drafting one depth.
+        narrow: beam widths below the full one, rising, each with its seconds of drafting one depth.
     """
 
     nodes: tuple[int, ...]
     seconds: tuple[float, ...]
     depth_seconds: float = 0.0
+    narrow: tuple[tuple[int, float], ...] = ()
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> LatencyCurve:
+        """Return a curve from its fields as JSON has them."""
+        narrow = tuple((width, seconds) for width, seconds in record.get("narrow", ()))
+        return cls(tuple(record["nodes"]), tuple(record["seconds"]), record["depth_seconds"], narrow)
 
     @classmethod
     def measure(
@@ -76,32 +89,34 @@ class LatencyCurve:
             prefix_length = max(1, min(prefix_length, verifier.context_window - 1))
         cache = verifier.new_cache(batch_size, prefix_length + most)
         hidden = verifier.prefill([[1] * prefix_length] * batch_size, cache).hidden[:, 0]
-        samples: dict[int, list[float]] = {n: [] for n in [0, *sizes]}
         root = torch.ones(batch_size, dtype=torch.long, device=verifier.device)
-        twin: Any = decoding_twin(drafter)
+        usual = verifier.verify(_chains(root, min(_USUAL_NODES, most)), cache)
         recycled = RecycledNodes.of(root, drafter, beam.recycled_nodes)
-        usual = _chains(batch_size, min(_USUAL_NODES, most), verifier.device)
-        logits = verifier.verify(usual, cache).logits
-        # Free of cost, so that it always goes on: the questions it is asked belong to drafting.
-        budget = DraftBudget(LatencyTable({batch_size: cls((1, most), (1.0, 1.0))}), beam, most)
+        widths = [beam.width, *(width for width in _NARROW if width < beam.width)]
+        samples: dict[str, list[float]] = {f"{kind}{n}": [] for kind, ns in (("w", widths), ("n", sizes)) for n in ns}
         for _ in range(repeats + 1):
-            start = time.perf_counter()
-            with torch.inference_mode():
-                if recycled is not None:
-                    recycled.record(usual, logits, torch.zeros_like(root))
-                hints = beam_search.Hints(None, recycled)
-                beams = beam_search.draft(twin, hidden, root, verifier.embed, beam, hints, budget.worth_going_on)
-                nodes = budget.choose(beams.log_probs)
-                DraftTree.from_beams(root, beams, nodes).parents.tolist()  # waits for the device
-            samples[0].append(time.perf_counter() - start)
-            for size in sizes:
-                start = time.perf_counter()
-                verifier.verify(_chains(batch_size, size, verifier.device), cache).logits[0, 0].argmax().item()
-                samples[size].append(time.perf_counter() - start)
+            # A forward before every draft, as in decoding: it takes the drafter's weights out of the caches.
+            for width, size in itertools.zip_longest(widths, sizes):
+                if width:
+                    start = time.perf_counter()
+                    if recycled is not None:
+                        recycled.record(_chains(root, usual.logits.shape[1]), usual.logits, torch.zeros_like(root))
+                    _draft(verifier, drafter, hidden, root, replace(beam, width=width), recycled)
+                    samples[f"w{width}"].append(time.perf_counter() - start)
+                if size:
+                    start = time.perf_counter()
+                    verifier.verify(_chains(root, size), cache).logits[0, 0].argmax().item()
+                    samples[f"n{size}"].append(time.perf_counter() - start)
         # The first round warms up. A curve never falls: noise must not make a larger tree "cheaper".
-        medians = {n: sorted(values[1:])[repeats // 2] for n, values in samples.items()}
-        rising = [max(medians[n] for n in sizes[: index + 1]) for index in range(len(sizes))]
-        return cls(tuple(sizes), tuple(rising), depth_seconds=medians[0] / beam.length)
+        medians = {name: sorted(values[1:])[repeats // 2] for name, values in samples.items()}
+        rising = itertools.accumulate((medians[f"n{size}"] for size in sizes), max)
+        depth, *narrow = (medians[f"w{width}"] / beam.length for width in widths)
+        return cls(tuple(sizes), tuple(rising), depth, tuple(sorted(zip(widths[1:], narrow, strict=True))))
+
+    def at_width(self, width: int) -> LatencyCurve:
+        """Return the curve of drafting with beams of a width: the next one that was timed."""
+        wider = [seconds for timed, seconds in self.narrow if timed >= width]
+        return LatencyCurve(self.nodes, self.seconds, wider[0]) if wider else self
 
     def seconds_of(self, nodes: int) -> float:
         """Return seconds of a forward over a number of nodes: those of the next size that was timed."""
@@ -228,6 +243,7 @@ class DraftBudget:
         self._pause = 0
         self._next_pause = _FIRST_PAUSE
         self._step = (0, 0.0)
+        self._recent = deque([max_nodes], maxlen=_RECENT_STEPS)
         self.hopeless = False
 
     @property
@@ -235,9 +251,18 @@ class DraftBudget:
         """Return accepted over predicted tokens so far, 1 at the start."""
         return self._accepted / self._predicted
 
+    @property
+    def width(self) -> int:
+        """Return the beam width of the next draft: enough for twice the drafted nodes of the largest recent tree.
+
+        The best N drafted nodes of a row are among its N best paths of each depth, so wider beams would only
+        cost: with many rows most of a tree's beams are never verified.
+        """
+        return min(max(2 * (max(self._recent) - 1), 2), self._beam.width)
+
     def wants_draft(self, rows: int) -> bool:
         """Tell whether the next step of so many live rows should draft."""
-        if not self._table.at(rows).can_pay(self._beam, self._max_nodes):
+        if not self._table.at(rows).at_width(1).can_pay(self._beam, self._max_nodes):
             self.hopeless = True
             return False
         if self._pause:
@@ -247,7 +272,7 @@ class DraftBudget:
 
     def worth_going_on(self, log_probs: Tensor) -> bool:
         """See ``LatencyCurve.worth_going_on``; ``[B, depths, W]``."""
-        return self._table.at(len(log_probs)).worth_going_on(log_probs, self.calibration)
+        return self._table.at(len(log_probs)).at_width(self.width).worth_going_on(log_probs, self.calibration)
 
     def choose(self, log_probs: Tensor, drafted_depths: int | None = None) -> int:
         """Return the nodes to verify.
@@ -258,12 +283,13 @@ class DraftBudget:
         """
         rows, depths = log_probs.shape[:2]
         depths = depths if drafted_depths is None else drafted_depths
-        curve = self._table.at(rows)
+        curve = self._table.at(rows).at_width(self.width)
         nodes = min(curve.best_nodes(log_probs, self.calibration, depths), self._max_nodes)
         predicted = _expected(log_probs.tolist(), 1.0)[nodes - 1] - rows
         cost = (depths * curve.depth_seconds + curve.seconds_of(nodes)) / curve.seconds[0]
         self._settle(1 + self.calibration * predicted / rows - cost)
         self._step = (rows, predicted)
+        self._recent.append(nodes)
         return nodes
 
     def record(self, accepted: int) -> None:
@@ -300,10 +326,33 @@ def _expected(log_probs: Sequence[Sequence[Sequence[float]]], calibration: float
     return list(itertools.accumulate((sum(column) for column in zip(*rows, strict=True)), initial=float(len(rows))))
 
 
-def _chains(rows: int, nodes: int, device: torch.device) -> DraftTree:
-    """Build trees that are a single path: as costly to verify as any of that size."""
-    index = torch.arange(nodes, device=device).expand(rows, -1)
-    zeros = torch.zeros(rows, nodes, device=device)
+@torch.inference_mode()
+def _draft(
+    verifier: Verifier, drafter: Drafter, hidden: Tensor, root: Tensor, beam: BeamConfig, recycled: RecycledNodes | None
+) -> None:
+    """Draft once: beams, the questions how deep and how large, and the tree.
+
+    Args:
+        verifier: the base model.
+        drafter: in the verifier's dtype and on its device.
+        hidden: context of each row, ``[B, H]``.
+        root: int64 ``[B]``.
+        beam: shape of the beams.
+        recycled: of nodes verified before, or None.
+    """
+    most = beam.width * beam.length + 1
+    # Free of cost, so that it always goes on: the questions it is asked belong to drafting.
+    budget = DraftBudget(LatencyTable({len(root): LatencyCurve((1, most), (1.0, 1.0))}), beam, most)
+    twin: Any = decoding_twin(drafter)
+    hints = beam_search.Hints(None, recycled)
+    beams = beam_search.draft(twin, hidden, root, verifier.embed, beam, hints, budget.worth_going_on)
+    DraftTree.from_beams(root, beams, budget.choose(beams.log_probs)).parents.tolist()  # waits for the device
+
+
+def _chains(root: Tensor, nodes: int) -> DraftTree:
+    """Build trees that are a single path below roots, int64 ``[B]``: as costly to verify as any of that size."""
+    index = torch.arange(nodes, device=root.device).expand(len(root), -1)
+    zeros = torch.zeros(len(root), nodes, device=root.device)
     return DraftTree(
         tokens=torch.ones_like(index),
         parents=(index - 1).clamp(min=0),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
+from dataclasses import asdict
 
 import pytest
 import torch
 
 from recurrent_drafting import BeamConfig, Verifier
+from recurrent_drafting.beam_search import draft
 from recurrent_drafting.draft_tree import Beams, DraftTree
 from recurrent_drafting.tree_budget import NODE_COUNTS, DraftBudget, LatencyCurve, LatencyTable, batch_sizes
 from tests.tiny import CONFIGS, make_drafter, make_verifier
@@ -123,6 +126,9 @@ def test_measured_curve_rises_over_the_promised_sizes(family: str, beam: BeamCon
     assert curve.seconds[0] > 0
     assert list(curve.seconds) == sorted(curve.seconds)
     assert curve.depth_seconds > 0
+    assert [width for width, _ in curve.narrow] == [width for width in (2, 4) if width < beam.width]
+    assert all(seconds > 0 for _, seconds in curve.narrow)
+    assert LatencyCurve.of(json.loads(json.dumps(asdict(curve)))) == curve
 
 
 def test_model_without_a_stated_window_is_measured_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,6 +240,55 @@ def test_drafting_comes_back_when_it_pays_again() -> None:
     budget = make_budget()
     drafted_steps(budget, DOUBTFUL, 0, 40)
     assert drafted_steps(budget, SURE, 1, 200)[-100:] == list(range(100, 200))
+
+
+def test_narrow_beams_cost_what_was_timed_for_the_next_width() -> None:
+    curve = LatencyCurve((1, 2), (1.0, 1.1), 0.8, narrow=((2, 0.2), (4, 0.4)))
+    assert [curve.at_width(width).depth_seconds for width in (1, 2, 3, 4, 5, 10)] == [0.2, 0.2, 0.4, 0.4, 0.8, 0.8]
+    assert LatencyCurve((1,), (1.0,), 0.8).at_width(1).depth_seconds == 0.8
+
+
+def test_beams_are_as_wide_as_twice_the_largest_recent_tree_needs() -> None:
+    """Only two of the eight nodes pay at first; then all do."""
+    budget = DraftBudget(LatencyTable({1: LatencyCurve((1, 2, 9), (1.0, 1.01, 9.0))}), BeamConfig(8, 1), max_nodes=9)
+    assert budget.width == 8
+    for _ in range(8):
+        assert budget.wants_draft(1)
+        assert budget.choose(SURE) == 2
+    assert budget.width == 2
+    budget = DraftBudget(LatencyTable({1: LatencyCurve((1, 4), (1.0, 1.01))}), BeamConfig(8, 1), max_nodes=9)
+    for _ in range(8):
+        assert budget.choose(torch.full((1, 1, 8), 0.1).log()) == 4
+    assert budget.width == 6
+
+
+def test_what_only_wide_beams_cannot_pay_is_drafted_with_narrow_ones() -> None:
+    curve = LatencyCurve((1, 2), (1.0, 1.1), depth_seconds=2.0, narrow=((2, 0.1),))
+    assert make_budget(curve).wants_draft(1)
+
+
+@pytest.mark.parametrize("nodes", [2, 3, 5, 8])
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_beams_as_wide_as_a_tree_has_drafted_nodes_give_the_tree_of_wider_ones(family: str, nodes: int) -> None:
+    verifier = make_verifier(family)
+    drafter = make_drafter(verifier)
+    root, generator = torch.tensor([3, 5]), torch.Generator().manual_seed(nodes)
+    context = torch.randn(2, verifier.hidden_size, generator=generator, dtype=torch.float64)
+    with torch.inference_mode():
+        wide, narrow = (
+            DraftTree.from_beams(root, draft(drafter, context, root, verifier.embed, BeamConfig(width, 3)), nodes)
+            for width in (10, nodes - 1)
+        )
+    for row in range(2):
+        assert path_set(narrow, row) == path_set(wide, row)
+
+
+def path_set(tree: DraftTree, row: int) -> set[tuple[int, ...]]:
+    """Return the tokens of the path to each node."""
+    paths = {0: (int(tree.tokens[row, 0]),)}
+    for node in range(1, tree.num_nodes):
+        paths[node] = (*paths[int(tree.parents[row, node])], int(tree.tokens[row, node]))
+    return set(paths.values())
 
 
 def test_calibration_is_the_ratio_of_accepted_to_predicted_tokens() -> None:
