@@ -170,5 +170,7 @@ class VerifierCache(Cache):
         if self._slots is None or self._slots.shape[1] != count:
             lengths = torch.tensor(self.lengths, device=states.device)
             self._slots = lengths.unsqueeze(1) + torch.arange(count, device=states.device)
-        index = self._slots[:, None, :, None].expand_as(states)
-        return buffer.scatter_(2, index, states)
+        # Not scatter_: on a CPU its time grows with the buffer, not with what is written.
+        rows = torch.arange(len(self.lengths), device=states.device).unsqueeze(1)
+        buffer.transpose(1, 2).index_put_((rows, self._slots), states.transpose(1, 2))
+        return buffer
