@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 import harness
-from recurrent_drafting.assets import DEFAULT_BASE
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 # Not started by a user.
@@ -41,16 +40,6 @@ def test_the_command_names_what_is_set_and_is_read_back_alike() -> None:
     command = harness.command("x.py", args, *flags).removeprefix("python benchmarks/x.py ")
     assert command == "--dtype auto --rows 4 --temperature 0.0 --sizes 8 --nodes 0 --quick"
     assert parser.parse_args(["--speculator_path", "DIR", *command.split()]) == args
-
-
-@pytest.mark.real_model
-def test_prompts_are_lengthened_with_other_questions_and_stay_below_the_limit() -> None:
-    plain = harness.mt_bench_prompts(DEFAULT_BASE, 4)
-    longer = harness.mt_bench_prompts(DEFAULT_BASE, 4, 600)
-    for short, long in zip(plain, longer, strict=True):
-        assert max(len(short), 300) < len(long) <= 600
-        assert long[-20:] == short[-20:]
-    assert harness.mt_bench_prompts(DEFAULT_BASE, 4, 1) == plain
 
 
 def test_a_record_and_its_plot_go_where_output_says(tmp_path: Path) -> None:

@@ -38,6 +38,15 @@ def prompts() -> list[list[int]]:
     return harness.mt_bench_prompts(BASE, 16)
 
 
+def test_prompts_are_lengthened_with_other_questions_and_stay_below_the_limit() -> None:
+    plain = harness.mt_bench_prompts(BASE, 4)
+    longer = harness.mt_bench_prompts(BASE, 4, 600)
+    for short, long in zip(plain, longer, strict=True):
+        assert 300 < len(long) <= 600
+        assert long[-20:] == short[-20:]
+    assert harness.mt_bench_prompts(BASE, 4, 1) == plain
+
+
 def test_the_base_is_what_was_pinned(verifier: Verifier) -> None:
     assert verifier.fingerprint == assets.ASSETS[BASE].sha256
     assert (verifier.hidden_size, verifier.vocab_size, verifier.eos_token_ids) == (576, 49152, (2,))
