@@ -37,7 +37,7 @@ class Coupling:
         """Return the logarithm of ``softmax((c log q + G) / s)`` over what a depth may propose, ``[B, W', V_d + n]``.
 
         Args:
-            logits: of the same tokens, float32 ``[B, W', V_d + n]``.
+            logits: log q, float32 ``[B, W', V_d + n]``.
             depth: from 0.
             further: the last n tokens of each beam, int64 ``[B, W', n]``.
         """
