@@ -14,20 +14,16 @@ import argparse
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import harness
-from profile_step import profile
-from recurrent_drafting import SpeculativeDecoder, Verifier, cli, plots, report
-from recurrent_drafting.checkpoint import load_drafter
+from profile_step import load, profile
+from recurrent_drafting import cli, plots, report
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Profile every length and batch size."""
-    verifier = Verifier.from_pretrained(args.base_model, args.dtype)
-    drafter = load_drafter(args.speculator_path)
-    decoder = SpeculativeDecoder(verifier, drafter, replace(drafter.config.beam, max_nodes=args.max_tree_nodes))
+    verifier, decoder = load(args)
     rows = []
     for length in args.prompt_tokens:
         prompts = harness.mt_bench_prompts(args.base_model, args.prompts, length)

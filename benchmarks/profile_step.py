@@ -59,6 +59,13 @@ def bare_forward(verifier: Verifier, rows: int, nodes: int, prefix: int) -> floa
     return statistics.median(seconds[1:])
 
 
+def load(args: argparse.Namespace) -> tuple[Verifier, SpeculativeDecoder]:
+    """Return the base, and the decoder of a drafter whose trees have ``--max_tree_nodes``."""
+    verifier = Verifier.from_pretrained(args.base_model, args.dtype)
+    drafter = load_drafter(args.speculator_path)
+    return verifier, SpeculativeDecoder(verifier, drafter, replace(drafter.config.beam, max_nodes=args.max_tree_nodes))
+
+
 def profile(args: argparse.Namespace, rows: int, tools: Tools) -> dict[str, Any]:
     """Decode some prompts ``rows`` at a time, baseline and speculative in turn, and split a step's time."""
     verifier, decoder, prompts = tools
@@ -98,10 +105,7 @@ def _split(stats: DecodingStats, bare: float) -> dict[str, Any]:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Profile every batch size."""
-    verifier = Verifier.from_pretrained(args.base_model, args.dtype)
-    drafter = load_drafter(args.speculator_path)
-    decoder = SpeculativeDecoder(verifier, drafter, replace(drafter.config.beam, max_nodes=args.max_tree_nodes))
-    tools = (verifier, decoder, harness.mt_bench_prompts(args.base_model, args.prompts))
+    tools = (*load(args), harness.mt_bench_prompts(args.base_model, args.prompts))
     return {
         **harness.head(
             __file__, args, "dtype", "temperature", "batch_sizes", "max_tree_nodes", "prompts", "new_tokens"
