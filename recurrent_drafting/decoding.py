@@ -155,10 +155,13 @@ class _Batch:
     recycled: RecycledNodes | None = None
 
     def drop_finished(self) -> None:
-        """Let rows leave whose reply has ended, so that no work is done for them."""
+        """Let rows leave whose reply has ended, so that no work is done for them; the last rows take their places."""
         live = [row for row, reply in enumerate(self.replies) if not reply.finish_reason]
         if len(live) == len(self.replies):
             return
+        # As few rows of the cache move as can be.
+        last = [row for row in live if row >= len(live)]
+        live = [last.pop() if self.replies[row].finish_reason else row for row in range(len(live))]
         self.replies = [self.replies[row] for row in live]
         self.repeats = [self.repeats[row] for row in live] if self.repeats else []
         if live:
@@ -410,12 +413,13 @@ class SpeculativeDecoder(_Decoder):
         budget = batch.budget
         if self._max_tree_nodes == 1 or (budget is not None and not self._worth_drafting(budget, len(batch.replies))):
             return DraftTree.root_only(batch.root)
+        width = self.beam.width if budget is None else budget.width(len(batch.replies))
         beams = beam_search.draft(
             self._fast_drafter,
             batch.context,
             batch.root,
             self.verifier.embed,
-            self.beam if budget is None or budget.width == self.beam.width else replace(self.beam, width=budget.width),
+            self.beam if width == self.beam.width else replace(self.beam, width=width),
             beam_search.Hints(self._coupling(batch), batch.recycled),
             None if budget is None else budget.worth_going_on,
         )

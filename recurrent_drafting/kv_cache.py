@@ -141,10 +141,38 @@ class VerifierCache(Cache):
 
     @torch.inference_mode()
     def select(self, rows: Sequence[int]) -> None:
-        """Keep only the given rows, in the given order; the others leave the batch."""
+        """Keep only the given rows, in the given order; the others leave the batch.
+
+        Where no row moves onto one that is still to move, only what is committed of those that move is copied.
+        """
+        moves = [(row, index) for index, row in enumerate(rows) if row != index]
+        in_place = all(row >= index for row, index in moves)
         for key, storage in self._storage.items():
-            self._storage[key] = storage[:, list(rows)]
+            if in_place:
+                for row, index in moves:
+                    length = self.lengths[row]
+                    storage[:, index, :, :length] = storage[:, row, :, :length]
+                self._storage[key] = storage[:, : len(rows)]
+            else:
+                self._storage[key] = storage[:, list(rows)]
         self.lengths = [self.lengths[row] for row in rows]
+        self._slots = None
+
+    @torch.inference_mode()
+    def adopt(self, rows: Sequence[int], part: VerifierCache) -> None:
+        """Take the entries of another cache as those of rows that have none yet.
+
+        Args:
+            rows: which rows, one for each of the other cache.
+            part: of the same layers; it is not used afterwards.
+        """
+        self._places.update(part._places)
+        for key, theirs in part._storage.items():
+            storage = self._storage_of(key, theirs)
+            for index, (row, length) in enumerate(zip(rows, part.lengths, strict=True)):
+                storage[:, row, :, :length] = theirs[:, index, :, :length]
+        for row, length in zip(rows, part.lengths, strict=True):
+            self.lengths[row] = length
         self._slots = None
 
     def layer_states(self) -> list[Tensor]:
@@ -152,14 +180,18 @@ class VerifierCache(Cache):
         return [self._storage[self._places[index]][index] for index in range(2 * self._num_layers)]
 
     def _buffer(self, states: Tensor, index: int) -> Tensor:
-        batch, heads, _, dim = states.shape
+        _, heads, _, dim = states.shape
         key = (heads, dim, states.device)
+        self._places[index] = key
+        return self._storage_of(key, states)[index]
+
+    def _storage_of(self, key: tuple[int, int, torch.device], like: Tensor) -> Tensor:
+        """Return the storage of a shape of layer, allocated at the first call in the dtype of a tensor ``[...]``."""
         if key not in self._storage:
             # Zeros, not empty: masked slots are multiplied by zero, and 0 * NaN is NaN.
-            shape = (2 * self._num_layers, batch, heads, self.capacity, dim)
-            self._storage[key] = states.new_zeros(shape)
-        self._places[index] = key
-        return self._storage[key][index]
+            shape = (2 * self._num_layers, len(self.lengths), key[0], self.capacity, key[1])
+            self._storage[key] = like.new_zeros(shape)
+        return self._storage[key]
 
     def _write(self, buffer: Tensor, states: Tensor) -> Tensor:
         count = states.shape[2]

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from recurrent_drafting.verifier import Verifier
 # Tree sizes that are timed; a step verifies one of them, so shapes stay few.
 NODE_COUNTS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 # Beam widths that are timed besides the full one.
-_NARROW = (2, 4)
+_NARROW = (2, 4, 6)
 # Steps whose trees say how wide the next beams need to be.
 _RECENT_STEPS = 8
 # A tree whose nodes are recycled where drafting is timed.
@@ -151,9 +152,9 @@ class LatencyCurve:
             calibration: what their probabilities are multiplied by.
             drafted_depths: depths that the drafter was run for; default all.
         """
-        expected = _expected(log_probs.tolist(), calibration)
+        expected = _expected(_falling(_probabilities(log_probs)), calibration)
         depths = log_probs.shape[1] if drafted_depths is None else drafted_depths
-        return min(self._best_rate(expected, depths)[1], len(expected))
+        return self.fastest(expected, depths)[1]
 
     def worth_going_on(self, log_probs: Tensor, calibration: float = 1.0) -> bool:
         """Tell whether drafting one more depth is expected to raise tokens per second.
@@ -165,14 +166,31 @@ class LatencyCurve:
             log_probs: path log-probabilities of the depths so far, float32 ``[B, depths, W]``.
             calibration: what their probabilities are multiplied by.
         """
-        rows, depths = log_probs.shape[:2]
-        *_, before, last = [float(rows), *log_probs.exp().sum(dim=(0, 2)).tolist()]
+        probabilities = _probabilities(log_probs)
+        rows, depths = probabilities.shape[:2]
+        *_, before, last = [float(rows), *probabilities.sum(axis=(0, 2)).tolist()]
         gain = calibration * last * min(last / max(before, 1e-9), 1.0)
-        rate, _ = self._best_rate(_expected(log_probs.tolist(), calibration), depths)
-        return bool(gain > rate * self.depth_seconds)
+        rate, _ = self.fastest(_expected(_falling(probabilities), calibration), depths)
+        return gain > rate * self.depth_seconds
 
-    def _best_rate(self, expected: Sequence[float], depths: int) -> tuple[float, int]:
-        """Return the highest tokens per second and its tree size.
+    def widest(self, calibration: float = 1.0) -> float:
+        """Return the beam width beyond which a beam brings fewer tokens than the cheapest tree asks of a node.
+
+        The k-th best of a depth's paths has at most 1/k of the probability, and a tree beats a single node only where
+        its nodes are expected, on average, to bring what the baseline would in the time that they add to a forward.
+
+        >>> LatencyCurve((1, 2, 5), (1.0, 1.5, 2.0)).widest()  # four more nodes cost a baseline step
+        4.0
+
+        Args:
+            calibration: what the paths' probabilities are multiplied by.
+        """
+        steps = [(seconds / self.seconds[0] - 1) / (n - 1) for n, seconds in zip(self.nodes, self.seconds) if n > 1]
+        least = min(steps, default=0.0)
+        return calibration / least if least > 0 else math.inf
+
+    def fastest(self, expected: Sequence[float], depths: int) -> tuple[float, int]:
+        """Return the highest expected tokens per second and the nodes of its tree.
 
         Args:
             expected: tokens of a step by number of nodes, from one node on.
@@ -183,7 +201,8 @@ class LatencyCurve:
             (expected[min(count, len(expected)) - 1] / (draft_seconds + seconds), count)
             for count, seconds in zip(self.nodes, self.seconds, strict=True)
         ]
-        return max(rates, key=lambda rate: (rate[0], -rate[1]))
+        rate, count = max(rates, key=lambda rate: (rate[0], -rate[1]))
+        return rate, min(count, len(expected))
 
 
 @dataclass(frozen=True)
@@ -251,14 +270,15 @@ class DraftBudget:
         """Return accepted over predicted tokens so far, 1 at the start."""
         return self._accepted / self._predicted
 
-    @property
-    def width(self) -> int:
-        """Return the beam width of the next draft: enough for twice the drafted nodes of the largest recent tree.
+    def width(self, rows: int) -> int:
+        """Return the beam width of the next draft of so many rows, at least 2.
 
-        The best N drafted nodes of a row are among its N best paths of each depth, so wider beams would only
-        cost: with many rows most of a tree's beams are never verified.
+        Enough for twice the drafted nodes of the largest recent tree, and no wider than could pay. The best N drafted
+        nodes of a row are among its N best paths of each depth, so wider beams would only cost: with many rows most
+        of a tree's beams are never verified.
         """
-        return min(max(2 * (max(self._recent) - 1), 2), self._beam.width)
+        recent = 2 * (max(self._recent) - 1)
+        return max(int(min(recent, self._table.at(rows).widest(self.calibration), self._beam.width)), 2)
 
     def wants_draft(self, rows: int) -> bool:
         """Tell whether the next step of so many live rows should draft."""
@@ -272,7 +292,7 @@ class DraftBudget:
 
     def worth_going_on(self, log_probs: Tensor) -> bool:
         """See ``LatencyCurve.worth_going_on``; ``[B, depths, W]``."""
-        return self._table.at(len(log_probs)).at_width(self.width).worth_going_on(log_probs, self.calibration)
+        return self._curve(len(log_probs)).worth_going_on(log_probs, self.calibration)
 
     def choose(self, log_probs: Tensor, drafted_depths: int | None = None) -> int:
         """Return the nodes to verify.
@@ -283,9 +303,9 @@ class DraftBudget:
         """
         rows, depths = log_probs.shape[:2]
         depths = depths if drafted_depths is None else drafted_depths
-        curve = self._table.at(rows).at_width(self.width)
-        nodes = min(curve.best_nodes(log_probs, self.calibration, depths), self._max_nodes)
-        predicted = _expected(log_probs.tolist(), 1.0)[nodes - 1] - rows
+        curve, falling = self._curve(rows), _falling(_probabilities(log_probs))
+        nodes = min(curve.fastest(_expected(falling, self.calibration), depths)[1], self._max_nodes)
+        predicted = float(falling[:, : nodes - 1].sum())
         cost = (depths * curve.depth_seconds + curve.seconds_of(nodes)) / curve.seconds[0]
         self._settle(1 + self.calibration * predicted / rows - cost)
         self._step = (rows, predicted)
@@ -300,6 +320,10 @@ class DraftBudget:
             self._accepted += accepted / rows
         self._step = (0, 0.0)
 
+    def _curve(self, rows: int) -> LatencyCurve:
+        """Return what the next draft of so many rows costs."""
+        return self._table.at(rows).at_width(self.width(rows))
+
     def _settle(self, gain: float) -> None:
         """Book a drafted step's expected gain over the baseline, in baseline steps."""
         self._balance = min(self._balance + gain, _MAX_CREDIT)
@@ -312,18 +336,26 @@ class DraftBudget:
             self._balance = _TRIAL_LOSS - _MAX_LOSS
 
 
-def _expected(log_probs: Sequence[Sequence[Sequence[float]]], calibration: float) -> list[float]:
+def _probabilities(log_probs: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Fetch path probabilities ``[B, depths, W]`` from the device; a step waits for it here."""
+    return np.exp(log_probs.cpu().numpy())
+
+
+def _falling(probabilities: np.ndarray[Any, np.dtype[np.float32]]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Sort a row's path probabilities ``[B, depths, W]`` of all depths together, the largest first, ``[B, n]``."""
+    return -np.sort(-probabilities.reshape(len(probabilities), -1), axis=1)
+
+
+def _expected(falling: np.ndarray[Any, np.dtype[np.float32]], calibration: float) -> list[float]:
     """Return expected tokens over the batch by tree size, from one node on.
 
     Args:
-        log_probs: path log-probabilities by row, depth and beam.
-        calibration: what their probabilities are multiplied by; none rises above 1.
+        falling: path probabilities of each row, the largest first, ``[B, n]``.
+        calibration: what they are multiplied by; none rises above 1.
     """
-    rows = [
-        sorted((min(calibration * math.exp(value), 1.0) for depth in row for value in depth), reverse=True)
-        for row in log_probs
-    ]
-    return list(itertools.accumulate((sum(column) for column in zip(*rows, strict=True)), initial=float(len(rows))))
+    rows = float(len(falling))
+    tokens: list[float] = np.minimum(calibration * falling, 1.0).sum(axis=0).cumsum().tolist()
+    return [rows, *(rows + count for count in tokens)]
 
 
 @torch.inference_mode()

@@ -28,6 +28,7 @@ from recurrent_drafting.compiled_forward import SIZES, CompiledForward
 from recurrent_drafting.draft_tree import DraftTree
 from recurrent_drafting.errors import DataError, ModelError, NetworkError, ResourceError, UsageError, first_line
 from recurrent_drafting.kv_cache import VerifierCache
+from recurrent_drafting.length_groups import group_by_length
 from recurrent_drafting.packed_model import decoding_twin
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 # below what a wrong mask or position gives (order 1). The head alone runs the very same operations,
 # so a tenth of it must do there: a missing soft cap can be as small as a few per cent.
 _PROBE_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+# Tokens of a forward that cost as much as one more forward: few where the products of a short prompt fill the device.
+_FORWARD_TOKENS, _FORWARD_TOKENS_ELSEWHERE = {"cpu": 48}, 4096
 
 
 @dataclass(frozen=True)
@@ -283,7 +286,7 @@ class Verifier:
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], cache: VerifierCache) -> VerifierOutput:
-        """Run prompts into an empty cache.
+        """Run prompts into an empty cache, those of like length together.
 
         Args:
             prompts: token ids per row, without padding; lengths may differ.
@@ -292,10 +295,23 @@ class Verifier:
         Returns:
             Logits ``[B, 1, V]`` and hidden states ``[B, 1, H]`` at each row's last token.
         """
-        hidden, lengths = self.read(prompts, cache), cache.lengths
-        last = torch.tensor(lengths, device=hidden.device) - 1
-        hidden = hidden[torch.arange(len(lengths), device=hidden.device), last].unsqueeze(1)
-        return self._output(hidden)
+        lengths = [len(prompt) for prompt in prompts]
+        groups = group_by_length(lengths, _FORWARD_TOKENS.get(self.device.type, _FORWARD_TOKENS_ELSEWHERE))
+        if len(groups) == 1:
+            return self._output(self._last_hidden(prompts, cache))
+        parts = []
+        for rows in groups:
+            part = self._empty_cache(len(rows), max(lengths[row] for row in rows))
+            parts.append(self._last_hidden([prompts[row] for row in rows], part))
+            cache.adopt(rows, part)
+        order = [row for rows in groups for row in rows]
+        return self._output(torch.cat(parts)[[order.index(row) for row in range(len(order))]])
+
+    def _last_hidden(self, prompts: Sequence[Sequence[int]], cache: VerifierCache) -> Tensor:
+        """Run prompts into an empty cache together and return what feeds the LM head at their ends, ``[B, 1, H]``."""
+        hidden = self.read(prompts, cache)
+        last = torch.tensor(cache.lengths, device=hidden.device) - 1
+        return hidden[torch.arange(len(last), device=hidden.device), last].unsqueeze(1)
 
     @torch.inference_mode()
     def read(self, texts: Sequence[Sequence[int]], cache: VerifierCache) -> Tensor:

@@ -27,6 +27,7 @@ ORDER = (
     "draft_tree",
     "prompt_lookup",
     "kv_cache",
+    "length_groups",
     "packed_model",
     "compiled_forward",
     "sampling",

@@ -120,6 +120,34 @@ def test_forward_that_was_not_kept_leaves_no_trace() -> None:
     model.append(1)
 
 
+def test_rows_that_leave_from_the_front_copy_no_storage() -> None:
+    model = Model(SHAPES[0], batch=4, capacity=20)
+    first = [view.data_ptr() for view in model.append(3)]
+    model.keep([[0], [0, 1, 2], [0, 2], [0, 1]])
+    model.select([3, 1, 2])
+    assert [view.data_ptr() for view in model.append(2)] == first
+    model.keep([[0, 1], [0], [0]])
+    model.select([2])
+    assert [view.data_ptr() for view in model.append(1)] == first
+
+
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_a_cache_adopts_rows_that_were_filled_elsewhere(shapes: list[tuple[int, int, int]]) -> None:
+    """Rows 2 and 0 come from one cache, row 1 from another; each goes on behind its own length."""
+    whole = Model(shapes, batch=3, capacity=12)
+    for rows, count, paths in (([2, 0], 4, [[0, 1, 2, 3], [0, 1]]), ([1], 3, [[0, 1, 2]])):
+        part = Model(shapes, batch=len(rows), capacity=count)
+        part.append(count)
+        part.keep(paths)
+        whole.cache.adopt(rows, part.cache)
+        for row, numbers in zip(rows, part.rows, strict=True):
+            whole.rows[row] = numbers
+    assert whole.cache.lengths == [2, 3, 4]
+    whole.append(2)
+    whole.keep([[0, 1], [0], [0]])
+    whole.append(1)
+
+
 def test_writing_past_the_capacity_raises_and_names_both_sizes() -> None:
     model = Model(SHAPES[0], batch=2, capacity=6)
     model.append(4)

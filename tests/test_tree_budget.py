@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 from dataclasses import asdict
 
@@ -126,7 +127,7 @@ def test_measured_curve_rises_over_the_promised_sizes(family: str, beam: BeamCon
     assert curve.seconds[0] > 0
     assert list(curve.seconds) == sorted(curve.seconds)
     assert curve.depth_seconds > 0
-    assert [width for width, _ in curve.narrow] == [width for width in (2, 4) if width < beam.width]
+    assert [width for width, _ in curve.narrow] == [width for width in (2, 4, 6) if width < beam.width]
     assert all(seconds > 0 for _, seconds in curve.narrow)
     assert LatencyCurve.of(json.loads(json.dumps(asdict(curve)))) == curve
 
@@ -250,16 +251,37 @@ def test_narrow_beams_cost_what_was_timed_for_the_next_width() -> None:
 
 def test_beams_are_as_wide_as_twice_the_largest_recent_tree_needs() -> None:
     """Only two of the eight nodes pay at first; then all do."""
-    budget = DraftBudget(LatencyTable({1: LatencyCurve((1, 2, 9), (1.0, 1.01, 9.0))}), BeamConfig(8, 1), max_nodes=9)
-    assert budget.width == 8
+    free = LatencyCurve((1, 2, 9), (1.0, 1.0, 9.0))
+    budget = DraftBudget(LatencyTable({1: free}), BeamConfig(8, 1), max_nodes=9)
+    assert budget.width(1) == 8
     for _ in range(8):
         assert budget.wants_draft(1)
         assert budget.choose(SURE) == 2
-    assert budget.width == 2
+    assert budget.width(1) == 2
     budget = DraftBudget(LatencyTable({1: LatencyCurve((1, 4), (1.0, 1.01))}), BeamConfig(8, 1), max_nodes=9)
     for _ in range(8):
         assert budget.choose(torch.full((1, 1, 8), 0.1).log()) == 4
-    assert budget.width == 6
+    assert budget.width(1) == 6
+
+
+@pytest.mark.parametrize(
+    ("seconds", "widest"),
+    [
+        ((1.0, 1.0, 5.0), math.inf),  # a second node is free
+        ((1.0, 1.25, 2.0), 4.0),  # four nodes more, or one: a quarter of a step for each
+        ((1.0, 1.5, 2.0), 4.0),
+        ((2.0, 2.5, 6.0), 4.0),
+        ((1.0, 2.0, 5.0), 1.0),
+    ],
+)
+def test_beams_are_no_wider_than_the_cheapest_tree_pays_for(seconds: tuple[float, ...], widest: float) -> None:
+    """The k-th best path of a depth has at most 1/k of the probability."""
+    curve = LatencyCurve((1, 2, 5), seconds)
+    assert curve.widest() == widest
+    assert curve.widest(0.5) == widest / 2
+    table = LatencyTable({1: LatencyCurve((1, 2), (1.0, 1.0)), 2: curve})
+    budget = DraftBudget(table, BeamConfig(6, 1), max_nodes=7)
+    assert [budget.width(rows) for rows in (1, 2, 3)] == [6, *2 * [max(2, min(6, int(min(widest, 6))))]]
 
 
 def test_what_only_wide_beams_cannot_pay_is_drafted_with_narrow_ones() -> None:

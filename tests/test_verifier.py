@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from recurrent_drafting import AutoregressiveDecoder, BeamConfig, Verifier
+from recurrent_drafting.draft_tree import DraftTree
 from recurrent_drafting.errors import DataError, ModelError, NetworkError, UsageError
 from recurrent_drafting.verifier import resolve_device, resolve_dtype
 from tests.families import FAMILIES, largest_gap, plain, random_tokens, random_tree
@@ -272,6 +273,34 @@ def test_ends_of_sequence_come_from_the_generation_config_first(
     model.generation_config.eos_token_id = of_generation
     model.config.eos_token_id = of_model
     assert Verifier(model).eos_token_ids == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_prompts_of_unlike_length_are_run_apart_and_go_on_as_one_batch(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch as wide as its longest prompt would be mostly padding; every row still gives the model's own logits."""
+    verifier = Verifier(FAMILIES[name].model())
+    prompts = [[3, 4], [5 + i % 7 for i in range(60)], [6], [7 + i % 5 for i in range(58)]]
+    shapes: list[tuple[int, ...]] = []
+    forward = Verifier._forward
+
+    def watched(self: Verifier, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        shapes.append(tuple(ids.shape))
+        return forward(self, ids, *rest)
+
+    monkeypatch.setattr(Verifier, "_forward", watched)
+    cache = verifier.new_cache(4, 64)
+    shapes.clear()  # those of the probe
+    logits = verifier.prefill(prompts, cache).logits[:, 0]
+    assert shapes == [(2, 2), (2, 60)]
+    assert cache.lengths == [2, 60, 1, 58]
+    root = torch.tensor([8, 9, 10, 11])
+    going_on = verifier.verify(DraftTree.root_only(root), cache).logits[:, 0]
+    for row, prompt in enumerate(prompts):
+        text = [*prompt, int(root[row])]
+        torch.testing.assert_close(logits[row], plain(verifier.model, prompt)[0][-1], rtol=0, atol=1e-9)
+        torch.testing.assert_close(going_on[row], plain(verifier.model, text)[0][-1], rtol=0, atol=1e-9)
 
 
 def test_prefill_refuses_an_empty_prompt_and_verify_a_full_cache() -> None:
