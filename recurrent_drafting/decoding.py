@@ -234,9 +234,9 @@ class _Decoder(ABC):
         stats = DecodingStats(rows=len(prompts))
         _stream(streamer, prompts[0])
         if max_new_tokens:
-            requests = list(range(len(prompts))) if request_ids is None else list(request_ids)
-            sampler = Sampler(sampling, prompts, requests, eos, self.verifier.vocab_size, self.verifier.device)
-            self._finish(self._prefill(prompts, replies, sampler, stats), stats, streamer)
+            texts, ordered, requests = _shortest_first(prompts, replies, request_ids)
+            sampler = Sampler(sampling, texts, requests, eos, self.verifier.vocab_size, self.verifier.device)
+            self._finish(self._prefill(texts, ordered, sampler, stats), stats, streamer)
         if streamer is not None:
             streamer.end()
         return _collect(replies, stats, time.perf_counter() - start)
@@ -429,7 +429,7 @@ class SpeculativeDecoder(_Decoder):
             if bool(failed.all()):
                 return DraftTree.root_only(batch.root)
         depths = beams.tokens.shape[1]
-        if batch.repeats:
+        if any(text.repeats for text in batch.repeats):
             beams = join(beams, Copies.of(batch.repeats, self.beam.lookup_length, batch.root.device))
         nodes = self._max_tree_nodes if budget is None else budget.choose(beams.log_probs, depths)
         return DraftTree.root_only(batch.root) if nodes == 1 else DraftTree.from_beams(batch.root, beams, nodes)
@@ -524,6 +524,15 @@ def _token_lists(input_ids: Tensor | Sequence[Sequence[int]], mask: Tensor | Non
         [token for token, real in zip(row, marks, strict=True) if real]
         for row, marks in zip(input_ids.tolist(), mask.tolist(), strict=True)
     ]
+
+
+def _shortest_first(
+    prompts: list[list[int]], replies: list[_Reply], request_ids: Sequence[int] | None
+) -> tuple[list[list[int]], list[_Reply], list[int]]:
+    """Return prompts, replies and keys of noise by length of prompt: neighbours are then attended together."""
+    ordered = sorted(replies, key=lambda reply: len(prompts[reply.row]))
+    requests = range(len(prompts)) if request_ids is None else request_ids
+    return [prompts[reply.row] for reply in ordered], ordered, [requests[reply.row] for reply in ordered]
 
 
 def _check_arguments(

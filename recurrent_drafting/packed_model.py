@@ -2,15 +2,18 @@
 
 A plain ``nn.Linear`` in bf16 lays its weight out anew in every call, which costs as much as the product
 itself while a forward has few tokens; and attention with a mask copies grouped keys and values once per
-query head, which grows with the context. The twin does neither. Where the processor has no bf16 products, a
-plain layer takes as long for n tokens as for one token n times; the twin computes those products in float32.
+query head, which grows with the context. The twin does neither, and attends rows of unlike length apart.
+Where the processor has no bf16 products, a plain layer takes as long for n tokens as for one token n times;
+the twin computes those products in float32.
 The model itself stays as it is.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from recurrent_drafting import memory
+from recurrent_drafting.length_groups import cut_into_runs
 
 _PACKABLE = (torch.bfloat16, torch.float32)
 _GROUPED = "recurrent_drafting_grouped_sdpa"
@@ -28,6 +32,11 @@ _MEMORY_FACTOR = 2
 _SAMPLES = 64
 # Up to so many rows a bf16 product without bf16 units is bound by reading the weight, and bf16 is half of float32.
 _FEW_ROWS = 2
+# Key slots of one query that cost as much as one more call of the attention kernel.
+_CALL_SLOTS, _FEWEST_CALL_SLOTS = 256, 32
+
+# Where the rows of the current forward may be attended apart: start, stop and key slots of each run of rows.
+_runs: ContextVar[tuple[tuple[int, int, int], ...]] = ContextVar("_runs", default=())
 
 
 class PackedLinear(nn.Module):
@@ -184,5 +193,36 @@ def _grouped_sdpa(
         return function(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
     rows = query.reshape(batch, key.shape[1], groups * count, dim)
     mask = attention_mask.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(2, 3)  # a view for one token
-    output = nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=options.get("scaling"))
+    scale = options.get("scaling")
+    runs = () if torch.compiler.is_compiling() else _runs.get()
+    if len(runs) > 1:
+        outputs = []
+        for start, stop, slots in runs:
+            keys, values = (states[start:stop, :, :slots] for states in (key, value))
+            outputs.append(_attend(rows[start:stop], keys, values, mask[start:stop, ..., :slots], scale))
+        output = torch.cat(outputs)
+    else:
+        output = _attend(rows, key, value, mask, scale)
     return output.reshape(batch, heads, count, value.shape[-1]).transpose(1, 2).contiguous(), None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """Attend; ``[B, heads, n, dim]``, twice ``[B, heads, S, dim]`` and a mask ``[B, 1, n, S]``."""
+    return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+
+@contextmanager
+def rows_of(lengths: Sequence[int], nodes: int) -> Iterator[None]:
+    """Tell a twin's attention what each row has in the cache, so that no row attends as far as the longest.
+
+    Args:
+        lengths: cached tokens of each row, none of which sees a slot behind its own and the new nodes'.
+        nodes: tokens of each row in the forward.
+    """
+    stops = [length + nodes for length in lengths]
+    runs = cut_into_runs(stops, max(_CALL_SLOTS // nodes, _FEWEST_CALL_SLOTS))
+    token = _runs.set(tuple((start, stop, max(stops[start:stop])) for start, stop in runs))
+    try:
+        yield
+    finally:
+        _runs.reset(token)

@@ -52,6 +52,11 @@ class RepeatIndex:
         for token in tokens:
             self._append(token)
 
+    @property
+    def repeats(self) -> bool:
+        """Tell whether the text's last token has stood before."""
+        return self._length > 0
+
     def extend(self, tokens: Sequence[int]) -> None:
         """Append decided tokens; they count in the record of repeats."""
         for token in tokens:

@@ -214,8 +214,8 @@ class Sampler:
             index = int((~finite).int().argmax())
             row = rows[index]
             raise NumericsError(
-                f"verifier logits are not finite at new token {len(self._generated[row])} of row {row} "
-                f"(request {self._requests[row]}): expected finite numbers, got {best[index].item()}; "
+                f"verifier logits are not finite at new token {len(self._generated[row])} of request "
+                f"{self._requests[row]}: expected finite numbers, got {best[index].item()}; "
                 "check the base model's weights or use --dtype fp32"
             )
         return tokens

@@ -7,8 +7,9 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from recurrent_drafting.drafter import Drafter
 from recurrent_drafting.packed_model import decoding_twin
 from recurrent_drafting.recycling import RecycledNodes
 from recurrent_drafting.verifier import Verifier
+
+Floats = np.ndarray[Any, np.dtype[Any]]
 
 # Tree sizes that are timed; a step verifies one of them, so shapes stay few.
 NODE_COUNTS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -116,8 +119,11 @@ class LatencyCurve:
 
     def at_width(self, width: int) -> LatencyCurve:
         """Return the curve of drafting with beams of a width: the next one that was timed."""
-        wider = [seconds for timed, seconds in self.narrow if timed >= width]
-        return LatencyCurve(self.nodes, self.seconds, wider[0]) if wider else self
+        return next((curve for timed, curve in self._narrower if timed >= width), self)
+
+    @cached_property
+    def _narrower(self) -> list[tuple[int, LatencyCurve]]:
+        return [(timed, LatencyCurve(self.nodes, self.seconds, seconds)) for timed, seconds in self.narrow]
 
     def seconds_of(self, nodes: int) -> float:
         """Return seconds of a forward over a number of nodes: those of the next size that was timed."""
@@ -156,22 +162,26 @@ class LatencyCurve:
         depths = log_probs.shape[1] if drafted_depths is None else drafted_depths
         return self.fastest(expected, depths)[1]
 
-    def worth_going_on(self, log_probs: Tensor, calibration: float = 1.0) -> bool:
+    def worth_going_on(self, log_probs: Tensor, calibration: float = 1.0, max_nodes: int | None = None) -> bool:
         """Tell whether drafting one more depth is expected to raise tokens per second.
 
-        The next depth is expected to survive as the last one did: with S_d the summed path
-        probabilities of depth d (S_0 = 1 per row) it adds about S_d * S_d / S_{d-1} tokens.
+        The next depth is expected to survive as the last one did: with S_d the summed path probabilities of depth d
+        (S_0 = 1 per row), with probability S_d / S_{d-1} every path goes on by a node as likely as its last, and
+        else none does. Either way the depth's time counts, and that of the nodes of the best tree.
 
         Args:
             log_probs: path log-probabilities of the depths so far, float32 ``[B, depths, W]``.
             calibration: what their probabilities are multiplied by.
+            max_nodes: nodes that may be verified, the root included; default any number.
         """
         probabilities = _probabilities(log_probs)
         rows, depths = probabilities.shape[:2]
-        *_, before, last = [float(rows), *probabilities.sum(axis=(0, 2)).tolist()]
-        gain = calibration * last * min(last / max(before, 1e-9), 1.0)
-        rate, _ = self.fastest(_expected(_falling(probabilities), calibration), depths)
-        return gain > rate * self.depth_seconds
+        sums: list[float] = [float(rows), *probabilities.sum(axis=(0, 2)).tolist()]
+        survival = min(sums[-1] / max(sums[-2], 1e-9), 1.0)
+        longer = np.concatenate([probabilities, probabilities[:, -1:]], axis=1)
+        now, then = (_expected(_falling(paths), calibration)[:max_nodes] for paths in (probabilities, longer))
+        hit, miss = (self.fastest(tokens, depths + 1)[0] for tokens in (then, now))
+        return bool(survival * hit + (1 - survival) * miss > self.fastest(now, depths)[0])
 
     def widest(self, calibration: float = 1.0) -> float:
         """Return the beam width beyond which a beam brings fewer tokens than the cheapest tree asks of a node.
@@ -185,24 +195,33 @@ class LatencyCurve:
         Args:
             calibration: what the paths' probabilities are multiplied by.
         """
-        steps = [(seconds / self.seconds[0] - 1) / (n - 1) for n, seconds in zip(self.nodes, self.seconds) if n > 1]
-        least = min(steps, default=0.0)
-        return calibration / least if least > 0 else math.inf
+        return calibration / self._least_cost if self._least_cost > 0 else math.inf
 
-    def fastest(self, expected: Sequence[float], depths: int) -> tuple[float, int]:
+    @cached_property
+    def _least_cost(self) -> float:
+        """Return the least that a node of any tree adds to a forward, on average, in forwards over one node."""
+        sizes = zip(self.nodes, self.seconds, strict=True)
+        return min(
+            ((seconds / self.seconds[0] - 1) / (nodes - 1) for nodes, seconds in sizes if nodes > 1), default=0.0
+        )
+
+    @cached_property
+    def _arrays(self) -> tuple[Floats, Floats]:
+        """Return the places of tree sizes in a list that starts with one node, and their seconds."""
+        return np.array(self.nodes) - 1, np.array(self.seconds)
+
+    def fastest(self, expected: Floats, depths: int) -> tuple[float, int]:
         """Return the highest expected tokens per second and the nodes of its tree.
 
         Args:
-            expected: tokens of a step by number of nodes, from one node on.
+            expected: tokens of a step by number of nodes, from one node on, ``[n]``.
             depths: depths that were drafted.
         """
-        draft_seconds = depths * self.depth_seconds
-        rates = [
-            (expected[min(count, len(expected)) - 1] / (draft_seconds + seconds), count)
-            for count, seconds in zip(self.nodes, self.seconds, strict=True)
-        ]
-        rate, count = max(rates, key=lambda rate: (rate[0], -rate[1]))
-        return rate, min(count, len(expected))
+        places, seconds = self._arrays
+        places = np.minimum(places, len(expected) - 1)
+        rates = expected[places] / (depths * self.depth_seconds + seconds)
+        best = int(rates.argmax())  # the smallest among equals
+        return float(rates[best]), int(places[best]) + 1
 
 
 @dataclass(frozen=True)
@@ -292,7 +311,7 @@ class DraftBudget:
 
     def worth_going_on(self, log_probs: Tensor) -> bool:
         """See ``LatencyCurve.worth_going_on``; ``[B, depths, W]``."""
-        return self._curve(len(log_probs)).worth_going_on(log_probs, self.calibration)
+        return self._curve(len(log_probs)).worth_going_on(log_probs, self.calibration, self._max_nodes)
 
     def choose(self, log_probs: Tensor, drafted_depths: int | None = None) -> int:
         """Return the nodes to verify.
@@ -304,7 +323,7 @@ class DraftBudget:
         rows, depths = log_probs.shape[:2]
         depths = depths if drafted_depths is None else drafted_depths
         curve, falling = self._curve(rows), _falling(_probabilities(log_probs))
-        nodes = min(curve.fastest(_expected(falling, self.calibration), depths)[1], self._max_nodes)
+        nodes = curve.fastest(_expected(falling, self.calibration)[: self._max_nodes], depths)[1]
         predicted = float(falling[:, : nodes - 1].sum())
         cost = (depths * curve.depth_seconds + curve.seconds_of(nodes)) / curve.seconds[0]
         self._settle(1 + self.calibration * predicted / rows - cost)
@@ -336,26 +355,27 @@ class DraftBudget:
             self._balance = _TRIAL_LOSS - _MAX_LOSS
 
 
-def _probabilities(log_probs: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
+def _probabilities(log_probs: Tensor) -> Floats:
     """Fetch path probabilities ``[B, depths, W]`` from the device; a step waits for it here."""
-    return np.exp(log_probs.cpu().numpy())
+    probabilities: Floats = np.exp(log_probs.cpu().numpy())
+    return probabilities
 
 
-def _falling(probabilities: np.ndarray[Any, np.dtype[np.float32]]) -> np.ndarray[Any, np.dtype[np.float32]]:
+def _falling(probabilities: Floats) -> Floats:
     """Sort a row's path probabilities ``[B, depths, W]`` of all depths together, the largest first, ``[B, n]``."""
     return -np.sort(-probabilities.reshape(len(probabilities), -1), axis=1)
 
 
-def _expected(falling: np.ndarray[Any, np.dtype[np.float32]], calibration: float) -> list[float]:
-    """Return expected tokens over the batch by tree size, from one node on.
+def _expected(falling: Floats, calibration: float) -> Floats:
+    """Return expected tokens over the batch by tree size, from one node on, ``[n + 1]``.
 
     Args:
         falling: path probabilities of each row, the largest first, ``[B, n]``.
         calibration: what they are multiplied by; none rises above 1.
     """
-    rows = float(len(falling))
-    tokens: list[float] = np.minimum(calibration * falling, 1.0).sum(axis=0).cumsum().tolist()
-    return [rows, *(rows + count for count in tokens)]
+    tokens = np.full(falling.shape[1] + 1, float(len(falling)))
+    tokens[1:] += np.minimum(calibration * falling, 1.0).sum(axis=0).cumsum()
+    return tokens
 
 
 @torch.inference_mode()

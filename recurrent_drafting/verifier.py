@@ -29,7 +29,7 @@ from recurrent_drafting.draft_tree import DraftTree
 from recurrent_drafting.errors import DataError, ModelError, NetworkError, ResourceError, UsageError, first_line
 from recurrent_drafting.kv_cache import VerifierCache
 from recurrent_drafting.length_groups import group_by_length
-from recurrent_drafting.packed_model import decoding_twin
+from recurrent_drafting.packed_model import decoding_twin, rows_of
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 # so a tenth of it must do there: a missing soft cap can be as small as a few per cent.
 _PROBE_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 # Tokens of a forward that cost as much as one more forward: few where the products of a short prompt fill the device.
-_FORWARD_TOKENS, _FORWARD_TOKENS_ELSEWHERE = {"cpu": 48}, 4096
+_CALL_TOKENS, _CALL_TOKENS_ELSEWHERE = {"cpu": 48}, 4096
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ class Verifier:
             Logits ``[B, 1, V]`` and hidden states ``[B, 1, H]`` at each row's last token.
         """
         lengths = [len(prompt) for prompt in prompts]
-        groups = group_by_length(lengths, _FORWARD_TOKENS.get(self.device.type, _FORWARD_TOKENS_ELSEWHERE))
+        groups = group_by_length(lengths, _CALL_TOKENS.get(self.device.type, _CALL_TOKENS_ELSEWHERE))
         if len(groups) == 1:
             return self._output(self._last_hidden(prompts, cache))
         parts = []
@@ -368,7 +368,8 @@ class Verifier:
         allowed, key_positions = self._tree_mask(tree, lengths, positions, cache.max_length)
         if self._compiled is not None and self._compiled.takes(tree.num_nodes, cache):
             return self._compiled_output(self._compiled, tree.tokens, positions, allowed, key_positions, cache)
-        hidden = self._forward(tree.tokens, positions, allowed, key_positions, cache)
+        with rows_of(cache.lengths, tree.num_nodes):
+            hidden = self._forward(tree.tokens, positions, allowed, key_positions, cache)
         return self._output(hidden)
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -91,21 +91,31 @@ def test_beams_of_probability_zero_add_nothing_and_among_equals_the_smaller_tree
     assert LatencyCurve((1, 3), (1.0, 1.0)).best_nodes(beams.log_probs) == 1
 
 
+@pytest.mark.parametrize("max_nodes", [None, 2, 5])
 @pytest.mark.parametrize("seed", range(25))
-def test_next_depth_is_drafted_when_its_expected_tokens_beat_the_best_rate_so_far(seed: int) -> None:
-    """A depth must bring more tokens than its seconds would at the best rate of the trees drafted already."""
+def test_next_depth_is_drafted_where_its_hits_and_misses_together_beat_the_best_rate_so_far(
+    seed: int, max_nodes: int | None
+) -> None:
+    """A hit brings every path a further node as likely as its last, a miss none; nodes and drafting cost time."""
     rng = random.Random(seed)
     tree = random_tree(seed)
-    nodes = sorted(rng.sample(range(1, tree.num_nodes + 1), 3))
+    nodes = sorted(rng.sample(range(1, 10), 3))
     seconds = tuple(sorted(rng.uniform(1, 4) for _ in nodes))
-    curve = LatencyCurve(tuple(nodes), seconds, depth_seconds=rng.uniform(0, 1))
-    rate = max(
-        sum(expected_tokens(tree, row, size) for row in range(2)) / (2 * curve.depth_seconds + cost)
-        for size, cost in zip(nodes, seconds, strict=True)
-    )
-    first, last = (float(tree.log_probs[tree.depths == depth].exp().sum()) for depth in (1, 2))
-    gain = last * min(last / first, 1)  # survives as the last depth did, and never better than surely
-    assert curve.worth_going_on(tree.log_probs[:, 1:].view(2, 2, 3)) is (gain > rate * curve.depth_seconds)
+    curve = LatencyCurve(tuple(nodes), seconds, depth_seconds=rng.uniform(0, 0.5))
+    paths = beams_of(tree).exp()
+
+    def best_rate(depths: int, further: torch.Tensor) -> float:
+        rows = [sorted(row.flatten().tolist(), reverse=True) for row in torch.cat([paths, further], dim=1)]
+        most = len(rows[0]) if max_nodes is None else min(max_nodes - 1, len(rows[0]))
+        return max(
+            sum(1 + sum(row[: min(size - 1, most)]) for row in rows) / (depths * curve.depth_seconds + cost)
+            for size, cost in zip(nodes, seconds, strict=True)
+        )
+
+    survival = min(float(paths[:, 1].sum() / paths[:, 0].sum()), 1)
+    hit, miss, now = best_rate(3, paths[:, 1:]), best_rate(3, paths[:, :0]), best_rate(2, paths[:, :0])
+    wanted = survival * hit + (1 - survival) * miss > now
+    assert curve.worth_going_on(paths.log(), max_nodes=max_nodes) is wanted
 
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
@@ -141,9 +151,9 @@ def test_model_without_a_stated_window_is_measured_too(monkeypatch: pytest.Monke
 
 def test_drafting_goes_on_only_while_the_next_depth_is_expected_to_pay() -> None:
     """One node costs 1 s, each further one nothing; a depth costs 0.1 s: it must add more than a tenth of the rate."""
-    curve = LatencyCurve(nodes=(1, 4), seconds=(1.0, 1.0), depth_seconds=0.1)
-    sure = torch.tensor([[[0.9, 0.05, 0.05]]]).log()  # next depth: about 1 * 1 / 1 tokens more
-    doubtful = torch.tensor([[[0.1, 0.05, 0.05]]]).log()  # 0.2 * 0.2 / 1 = 0.04 tokens; rate 1.2 / 1.1 per second
+    curve = LatencyCurve(nodes=(1, 7), seconds=(1.0, 1.0), depth_seconds=0.1)
+    sure = torch.tensor([[[0.9, 0.05, 0.05]]]).log()  # next depth: 1 token more
+    doubtful = torch.tensor([[[0.1, 0.05, 0.05]]]).log()  # 0.2 tokens, one time in five; rate 1.2 / 1.1 per second
     assert curve.worth_going_on(sure)
     assert not curve.worth_going_on(doubtful)
     # Survival is extrapolated from the last two depths: 0.5 after 0.5 is no decline, 0.1 after 1.0 is.
@@ -151,6 +161,15 @@ def test_drafting_goes_on_only_while_the_next_depth_is_expected_to_pay() -> None
     falling = torch.tensor([[[0.9, 0.1, 0.0], [0.1, 0.0, 0.0]]]).log()
     assert curve.worth_going_on(steady)
     assert not curve.worth_going_on(falling)
+
+
+def test_no_depth_is_drafted_whose_nodes_cost_too_much_or_have_no_room() -> None:
+    """The second of two sure tokens brings one more for 0.1 s of drafting and what a third node costs."""
+    sure = torch.tensor([[[1.0]]]).log()
+    assert LatencyCurve((1, 2, 3), (1.0, 1.0, 1.3), depth_seconds=0.1).worth_going_on(sure)  # 3 / 1.5 beats 2 / 1.1
+    costly = LatencyCurve((1, 2, 3), (1.0, 1.0, 1.5), depth_seconds=0.1)
+    assert not costly.worth_going_on(sure)  # 3 / 1.7 does not
+    assert not LatencyCurve((1, 2, 3), (1.0, 1.0, 1.3), depth_seconds=0.1).worth_going_on(sure, max_nodes=2)
 
 
 def test_only_drafted_depths_are_charged() -> None:
