@@ -9,11 +9,12 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AutoModelForCausalLM
 
-from recurrent_drafting import AutoregressiveDecoder, BeamConfig, SpeculativeDecoder, Verifier
+from recurrent_drafting import AutoregressiveDecoder, BeamConfig, SpeculativeDecoder, Verifier, packed_model
+from recurrent_drafting.draft_tree import DraftTree
 from recurrent_drafting.packed_model import PackedLinear, decoding_twin, pack
-from tests.tiny import CONFIGS, NoisyOracleDecoder, make_drafter, make_verifier
+from tests.tiny import CONFIGS, NoisyOracleDecoder, llama_config, make_drafter, make_verifier
 
 PROMPTS = [[1, 5, 9, 33, 2, 8], [4, 4, 7]]
 needs_packing = pytest.mark.skipif(
@@ -51,6 +52,38 @@ def test_a_widened_layer_multiplies_in_float32_and_rounds_once(rows: int, bias: 
     assert got.dtype == torch.bfloat16
     # Half a unit in the last of bf16's eight bits, and the little that float32 sums lose.
     torch.testing.assert_close(got.double(), exact, rtol=2**-8, atol=1e-5)
+
+
+@needs_packing
+@pytest.mark.parametrize("lengths", [[3, 2, 400, 390], [400, 3, 390, 2], [5, 4, 3, 6]])
+def test_rows_of_unlike_length_are_attended_apart_and_give_the_models_own_logits(
+    lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row sees its own slots; those up to the longest row's are left out where they are many."""
+    torch.manual_seed(0)
+    config = llama_config()
+    config.max_position_embeddings = 512
+    verifier = Verifier(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    seen: list[tuple[int, int]] = []
+    attend = packed_model._attend
+
+    def watched(query: torch.Tensor, key: torch.Tensor, *rest: object) -> torch.Tensor:
+        seen.append((len(key), key.shape[2]))
+        return attend(query, key, *rest)  # type: ignore[arg-type]
+
+    rng = torch.Generator().manual_seed(0)
+    texts = [torch.randint(1, 60, (length,), generator=rng).tolist() for length in lengths]
+    cache = verifier.new_cache(len(texts), 410)
+    verifier.prefill(texts, cache)
+    monkeypatch.setattr(packed_model, "_attend", watched)
+    root = torch.tensor([7, 8, 9, 10])
+    with torch.inference_mode():
+        logits = verifier.verify(DraftTree.root_only(root), cache).logits[:, 0]
+        for row, text in enumerate(texts):
+            expected = verifier.model(torch.tensor([[*text, int(root[row])]]), use_cache=False).logits[0, -1]
+            torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=1e-4)
+    runs = {(3, 2, 400, 390): [(2, 4), (2, 401)], (400, 3, 390, 2): [(3, 401), (1, 3)]}
+    assert seen == runs.get(tuple(lengths), [(4, 7)]) * config.num_hidden_layers
 
 
 @needs_packing
