@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -463,9 +464,24 @@ def build_parser() -> cli.ArgumentParser:
     return parser
 
 
+def check_peers(args: argparse.Namespace) -> None:
+    """Look for what the peers need before anything is measured.
+
+    Raises:
+        UsageError: an interpreter or a file is not there.
+    """
+    for flag in ("vllm_python", "llama_python"):
+        name = getattr(args, flag)
+        if name is not None and shutil.which(name) is None:
+            raise UsageError(f"--{flag} {name!r}: expected a Python interpreter that can be run, found none there")
+    if args.gguf is not None and not Path(args.gguf).is_file():
+        raise UsageError(f"--gguf {args.gguf!r}: expected a GGUF file, found none there")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, measure, print and write."""
     args = build_parser().parse_args(argv)
+    check_peers(args)
     record = measure(args)
     print(show(record))
     harness.write(record, args.output, plot)

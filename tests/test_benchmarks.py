@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import harness
+from recurrent_drafting.errors import UsageError
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 # Not started by a user.
@@ -51,3 +52,11 @@ def test_a_record_and_its_plot_go_where_output_says(tmp_path: Path) -> None:
     harness.write(record, None, lambda _: pytest.fail("there is nowhere to draw it"))
     harness.write(record, tmp_path / "alone.json")
     assert not (tmp_path / "alone.html").exists()
+
+
+@pytest.mark.parametrize("flag", ["--vllm_python", "--llama_python", "--gguf"])
+def test_a_peer_that_is_not_there_is_named_before_anything_is_measured(flag: str, tmp_path: Path) -> None:
+    peers = importlib.import_module("peers")
+    missing = str(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match=rf"{flag} '{missing}': expected .* found none there"):
+        peers.main(["--speculator_path", str(tmp_path), flag, missing])
