@@ -100,7 +100,12 @@ MUTANTS = [
         "self.lengths[row] = start + len(path)\n        self._slots = None",
         "self.lengths[row] = start + len(path)",
     ),
-    Mutant("select() leaves the cache's order", "kv_cache", "= storage[:, list(rows)]", "= storage[:, : len(rows)]"),
+    Mutant(
+        "select() leaves the cache's order",
+        "kv_cache",
+        "storage[:, index, :, :length] = storage[:, row, :, :length]",
+        "storage[:, index, :, :length] = storage[:, index, :, :length]",
+    ),
     Mutant(
         "select() leaves the lengths' order",
         "kv_cache",
@@ -152,8 +157,8 @@ MUTANTS = [
     Mutant(
         "prefill reads the last column, padding or not",
         "verifier",
-        "torch.tensor(lengths, device=hidden.device) - 1",
-        "torch.tensor(lengths, device=hidden.device) * 0 - 1",
+        "torch.tensor(cache.lengths, device=hidden.device) - 1",
+        "torch.tensor(cache.lengths, device=hidden.device) * 0 - 1",
     ),
     Mutant(
         "padding of the prompt is committed",
