@@ -252,6 +252,7 @@ class _Decoder(ABC):
     def _prefill(
         self, prompts: list[list[int]], replies: list[_Reply], sampler: Sampler, stats: DecodingStats
     ) -> _Batch:
+        sampler.names = [reply.row for reply in replies]
         with stats.phase("prefill"):
             # Replies stop at their limit, so a row never commits more than prompt + limit tokens.
             longest = max(len(prompt) + reply.limit for prompt, reply in zip(prompts, replies, strict=True))

@@ -175,6 +175,8 @@ class Sampler:
         device: torch.device,
     ) -> None:
         self.config = config
+        # What messages call the rows; whoever hands them over in another order renames them.
+        self.names = list(range(len(prompts)))
         self.noise = None if config.greedy else GumbelNoise(config.seed, vocab_size, device)
         self._requests = list(request_ids)
         self._eos = list(eos_token_ids)
@@ -214,8 +216,8 @@ class Sampler:
             index = int((~finite).int().argmax())
             row = rows[index]
             raise NumericsError(
-                f"verifier logits are not finite at new token {len(self._generated[row])} of request "
-                f"{self._requests[row]}: expected finite numbers, got {best[index].item()}; "
+                f"verifier logits are not finite at new token {len(self._generated[row])} of row {self.names[row]} "
+                f"(request {self._requests[row]}): expected finite numbers, got {best[index].item()}; "
                 "check the base model's weights or use --dtype fp32"
             )
         return tokens
@@ -266,7 +268,7 @@ class Sampler:
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only the given rows, in the given order; the others leave the batch."""
-        for name in ("_requests", "_prompt_lengths", "_generated", "_prompt_tails"):
+        for name in ("names", "_requests", "_prompt_lengths", "_generated", "_prompt_tails"):
             values = getattr(self, name)
             setattr(self, name, [values[row] for row in rows])
         index = list(rows)

@@ -180,5 +180,5 @@ def test_bad_logits_matter_only_where_the_walk_comes_by() -> None:
     logits[0, 2] = torch.nan
     assert acceptance.walk(docstring_tree(), logits, make_sampler()).tokens == [[A, X]]
     logits[0, 1] = torch.nan
-    with pytest.raises(NumericsError, match="not finite at new token 2 of request 0"):
+    with pytest.raises(NumericsError, match="not finite at new token 2 of row 0"):
         acceptance.walk(docstring_tree(), logits, make_sampler())

@@ -384,7 +384,7 @@ def test_logits_that_are_not_finite_raise_with_token_row_and_request(
     sampler.commit(1, 4)
     logits = random_logits(0)
     logits[1, slice(None) if bad == "all -inf" else 33] = {"nan": math.nan, "+inf": math.inf}.get(bad, -math.inf)
-    with pytest.raises(NumericsError, match="not finite at new token 1 of request 81"):
+    with pytest.raises(NumericsError, match=r"not finite at new token 1 of row 1 \(request 81\)"):
         sampler.pick(logits, [0, 1, 2])
     assert sampler.pick(logits[[0, 2]], [0, 2]).shape == (2,)
 
