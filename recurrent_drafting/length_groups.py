@@ -34,7 +34,7 @@ def cut_into_runs(lengths: Sequence[int], call_tokens: int) -> list[tuple[int, i
     >>> cut_into_runs([5, 300, 290, 6], call_tokens=64)
     [(0, 1), (1, 3), (3, 4)]
     """
-    longest = max(lengths)
+    longest = max(lengths, default=0)
     if longest * len(lengths) - sum(lengths) <= call_tokens:
         return [(0, len(lengths))]
     # Of the first n texts: the least cost, and where their last run starts.

@@ -143,7 +143,13 @@ class LatencyCurve:
             for nodes, seconds in zip(self.nodes, self.seconds, strict=True)
         )
 
-    def best_nodes(self, log_probs: Tensor, calibration: float = 1.0, drafted_depths: int | None = None) -> int:
+    def best_nodes(
+        self,
+        log_probs: Tensor,
+        calibration: float = 1.0,
+        drafted_depths: int | None = None,
+        max_nodes: int | None = None,
+    ) -> int:
         """Return the tree size that maximises expected tokens per second over the batch.
 
         With path probabilities P_1 >= P_2 >= ... a step over N nodes is expected to emit
@@ -157,8 +163,9 @@ class LatencyCurve:
             log_probs: path log-probabilities of the proposed nodes, float32 ``[B, depths, W]``.
             calibration: what their probabilities are multiplied by.
             drafted_depths: depths that the drafter was run for; default all.
+            max_nodes: nodes that may be verified, the root included; default any number.
         """
-        expected = _expected(_falling(_probabilities(log_probs)), calibration)
+        expected = _expected(_falling(_probabilities(log_probs)), calibration)[:max_nodes]
         depths = log_probs.shape[1] if drafted_depths is None else drafted_depths
         return self.fastest(expected, depths)[1]
 
@@ -322,9 +329,9 @@ class DraftBudget:
         """
         rows, depths = log_probs.shape[:2]
         depths = depths if drafted_depths is None else drafted_depths
-        curve, falling = self._curve(rows), _falling(_probabilities(log_probs))
-        nodes = curve.fastest(_expected(falling, self.calibration)[: self._max_nodes], depths)[1]
-        predicted = float(falling[:, : nodes - 1].sum())
+        curve = self._curve(rows)
+        nodes = curve.best_nodes(log_probs, self.calibration, depths, self._max_nodes)
+        predicted = float(_falling(_probabilities(log_probs))[:, : nodes - 1].sum())
         cost = (depths * curve.depth_seconds + curve.seconds_of(nodes)) / curve.seconds[0]
         self._settle(1 + self.calibration * predicted / rows - cost)
         self._step = (rows, predicted)

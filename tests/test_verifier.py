@@ -308,6 +308,10 @@ def test_prefill_refuses_an_empty_prompt_and_verify_a_full_cache() -> None:
     cache = verifier.new_cache(2, 4)
     with pytest.raises(DataError, match="empty prompt"):
         verifier.prefill([[3], []], cache)
+    with pytest.raises(DataError, match="empty prompt"):
+        verifier.prefill([], cache)
+    with pytest.raises(DataError, match="empty prompt"):
+        verifier.prefill([[3] * 100, []], cache)
     verifier.prefill([[3, 4, 5], [6]], cache)
     with pytest.raises(IndexError, match="holds 4 tokens per row, asked to write up to 5"):
         verifier.verify(random_tree(random.Random(0), batch=2, nodes=2), cache)
