@@ -64,13 +64,12 @@ def walk(tree: DraftTree, logits: Tensor, sampler: Sampler) -> Acceptance:
     while active:
         rows = torch.tensor(active, device=logits.device)
         nodes = torch.tensor([paths[row][-1] for row in active], device=logits.device)
-        picks = sampler.pick(logits[rows, nodes], active)
-        children = tree.child(rows, nodes, picks)
+        picks = sampler.pick(logits[rows, nodes], active).tolist()
         moved = []
-        for row, token, child in zip(active, picks.tolist(), children.tolist(), strict=True):
+        for row, token in zip(active, picks, strict=True):
             sampler.commit(row, token)
             tokens[row].append(token)
-            if child:
+            if child := tree.child(row, paths[row][-1], token):
                 paths[row].append(child)
                 moved.append(row)
         active = moved

@@ -19,7 +19,7 @@ class Coupling:
     """What coupled drafting knows of the draws to come.
 
     Args:
-        noise: Gumbel noise of the drafted positions over the draft vocabulary, ``[B, L, V_d]``.
+        noise: Gumbel noise at a depth (from 0) over the draft vocabulary, ``[B, V_d]``.
         warp: the request's own temperature and filters, as a function of logits ``[R, V_d + n]``.
         temperature: allowance s for the drafter's own error.
         sharpness: power c of the drafter's distribution before noise is added; 1 suits an exact drafter.
@@ -27,7 +27,7 @@ class Coupling:
             bring tokens from outside the draft vocabulary.
     """
 
-    noise: Tensor
+    noise: Callable[[int], Tensor]
     warp: Callable[[Tensor], Tensor]
     temperature: float
     sharpness: float = 1.0
@@ -37,13 +37,13 @@ class Coupling:
         """Return the logarithm of ``softmax((c log q + G) / s)`` over what a depth may propose, ``[B, W', V_d + n]``.
 
         Args:
-            logits: log q, float32 ``[B, W', V_d + n]``.
+            logits: log q up to a constant for each beam, which cancels; ``[B, W', V_d + n]``.
             depth: from 0.
             further: the last n tokens of each beam, int64 ``[B, W', n]``.
         """
-        noise = self.noise[:, depth].unsqueeze(1).float()
+        noise = self.noise(depth).unsqueeze(1).float()
         known = noise.shape[2]
-        scores = self.warp(logits.flatten(0, 1)).view(logits.shape) * (self.sharpness / self.temperature)
+        scores = self.warp(logits.float().flatten(0, 1)).view(logits.shape) * (self.sharpness / self.temperature)
         scores[:, :, :known] += noise / self.temperature  # in place: the draft vocabulary is what takes the time
         if further.shape[2] and self.noise_of is not None:
             scores[:, :, known:] += self.noise_of(depth, further).float() / self.temperature
@@ -82,12 +82,11 @@ class Hints:
         further = tokens.new_empty(*tokens.shape, 0)
         if self.recycled is not None:
             found = self.recycled.look_up(tokens, before)
-            log_probs, further = self.recycled.blend(logits, found), found.tokens
-        else:
-            log_probs = logits.float().log_softmax(dim=2)
+            logits, further = self.recycled.blend(logits, found), found.tokens
         if self.coupling is not None:
-            log_probs = self.coupling.score(log_probs, depth, further)
-        return log_probs, further
+            return self.coupling.score(logits, depth, further), further
+        # What recycling mixes is normalised already.
+        return (logits.float().log_softmax(dim=2) if self.recycled is None else logits), further
 
 
 def draft(  # noqa: PLR0913, PLR0917 - six that say what to draft, one that says how far
@@ -123,22 +122,20 @@ def draft(  # noqa: PLR0913, PLR0917 - six that say what to draft, one that says
     scores = torch.zeros(len(root), 1, device=context.device)
     tokens, before = root.unsqueeze(1), hints.before(root).unsqueeze(1)
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
-    largest: list[Tensor] = []
     for depth in range(beam.length):
         logits = drafter.logits(context.unsqueeze(1).expand(-1, state.shape[1], -1), state)
         choices, further = hints.apply(logits, depth, tokens, before)
-        values, places = choices.topk(width, dim=-1)
-        largest.append(values[:, :, 0])
-        scores, best = _best(scores.unsqueeze(2) + values, width)
-        parents, places = best // width, places.flatten(1).gather(1, best)
-        before, tokens = tokens.gather(1, parents), _token_ids(places, parents, draft_token_ids, further)
+        scores, parents, places = _best(scores, *choices.topk(width, dim=-1))
+        if hints.recycled is not None:
+            before = tokens.gather(1, parents)
+        tokens = _token_ids(places, parents, draft_token_ids, further)
         kept.append((tokens, parents, scores))
         if depth + 1 < beam.length:
             if worth_going_on is not None and not worth_going_on(torch.stack([part[2] for part in kept], dim=1)):
                 break
             state = state.gather(1, parents.unsqueeze(2).expand(-1, -1, state.shape[2]))
             state = drafter.advance(state, embed(tokens))
-    return _stacked(kept, torch.cat(largest, dim=1))
+    return _stacked(kept)
 
 
 def _token_ids(places: Tensor, parents: Tensor, draft_token_ids: Tensor, further: Tensor) -> Tensor:
@@ -150,31 +147,37 @@ def _token_ids(places: Tensor, parents: Tensor, draft_token_ids: Tensor, further
         draft_token_ids: the draft vocabulary, int64 ``[V_d]``.
         further: of each beam, int64 ``[B, W', n]``.
     """
+    if not further.shape[2]:
+        return draft_token_ids[places]
     known = len(draft_token_ids)
     tokens = draft_token_ids[places.clamp(max=known - 1)]
-    if not further.shape[2]:
-        return tokens
     theirs = further.gather(1, parents.unsqueeze(2).expand(-1, -1, further.shape[2]))
     return torch.where(places < known, tokens, theirs.gather(2, (places - known).clamp(min=0).unsqueeze(2)).squeeze(2))
 
 
-def _best(totals: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Return the ``width`` best of all expansions ``[B, W', W]``: scores and places among them ``[B, W]``."""
-    finite = torch.nan_to_num(totals.flatten(1), nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
-    scores, places = finite.topk(width, dim=1)
-    return scores, places
+def _best(scores: Tensor, values: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return scores, parents and places of the W best of all expansions, each ``[B, W]``; NaN comes first.
+
+    Args:
+        scores: of the beams, ``[B, W']``.
+        values: of the W best choices of each beam, falling, ``[B, W', W]``.
+        places: of these choices, int64 ``[B, W', W]``.
+    """
+    width = values.shape[2]
+    if values.shape[1] == 1:
+        return scores + values[:, 0], torch.zeros_like(places[:, 0]), places[:, 0]
+    scores, best = (scores.unsqueeze(2) + values).flatten(1).topk(width, dim=1)
+    return scores, best // width, places.flatten(1).gather(1, best)
 
 
-def _stacked(kept: Sequence[tuple[Tensor, Tensor, Tensor]], largest: Tensor) -> Beams:
+def _stacked(kept: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Beams:
     """Put the depths together.
 
     Args:
         kept: of each depth tokens, parents and scores, each ``[B, W]``.
-        largest: log-probability of the best choice of every beam of every depth, ``[B, ...]``.
     """
     tokens, parents, scores = (torch.stack(parts, dim=1) for parts in zip(*kept, strict=True))
-    # A single logit that is not finite makes all log-probabilities of its beam NaN; a filtered token's -inf does not.
-    # Such a row proposes nothing: its beams never become valid nodes.
-    sound = ~largest.isnan().any(dim=1)
-    log_probs = torch.where(sound.view(-1, 1, 1), scores, -torch.inf)
-    return Beams(tokens=tokens, parents=parents, log_probs=log_probs)
+    # A single logit that is not finite makes all log-probabilities of its beam NaN, which a search keeps first of all;
+    # a filtered token's -inf does not. Such a row proposes nothing: its beams never become valid nodes.
+    unsound = scores.isnan().flatten(1).any(dim=1)
+    return Beams(tokens=tokens, parents=parents, log_probs=scores.masked_fill(unsound.view(-1, 1, 1), -torch.inf))

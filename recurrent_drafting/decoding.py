@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -139,7 +140,7 @@ class _Batch:
         sampler: text and noise of each live row.
         cache: the verifier's cache of each live row.
         context: hidden state at the last committed token, ``[B, H]``.
-        root: the token chosen after it, int64 ``[B]``.
+        root: the token chosen after it, int64 ``[B]``, on the host.
         budget: what drafting may cost, None where the tree's size is fixed.
         repeats: the text of each live row for prompt lookup, empty without.
         recycled: the nodes verified last, None without token recycling.
@@ -258,7 +259,7 @@ class _Decoder(ABC):
             longest = max(len(prompt) + reply.limit for prompt, reply in zip(prompts, replies, strict=True))
             cache = self.verifier.new_cache(len(prompts), longest + self._max_tree_nodes)
             output = self.verifier.prefill(prompts, cache)
-            root = sampler.pick(output.logits[:, 0], range(len(prompts)))
+            root = sampler.pick(output.logits[:, 0], range(len(prompts))).cpu()
             for row, token in enumerate(root.tolist()):
                 sampler.commit(row, token)
                 replies[row].extend([token])
@@ -280,8 +281,7 @@ class _Decoder(ABC):
             batch.cache.keep(accepted.paths)
             last = torch.tensor([path[-1] for path in accepted.paths], device=output.hidden.device)
             batch.context = output.hidden[torch.arange(len(last), device=last.device), last]
-            bonus = [tokens[-1] for tokens in accepted.tokens]
-            batch.root = torch.tensor(bonus, device=batch.root.device)
+            batch.root = torch.tensor([tokens[-1] for tokens in accepted.tokens])
         if batch.recycled is not None:
             with stats.phase("draft"):
                 batch.recycled.record(tree, output.logits, last)
@@ -405,7 +405,7 @@ class SpeculativeDecoder(_Decoder):
             batch.budget = DraftBudget(table, self.beam, self._max_tree_nodes)
         if self.beam.lookup_length:
             batch.repeats = [RepeatIndex(prompt + reply.tokens) for prompt, reply in zip(prompts, replies, strict=True)]
-        last = torch.tensor([prompt[-1] for prompt in prompts], device=batch.root.device)
+        last = torch.tensor([prompt[-1] for prompt in prompts], device=batch.context.device)
         capacity = self.beam.recycled_nodes if self._max_tree_nodes > 1 else 0
         batch.recycled = RecycledNodes.of(last, self.drafter, capacity)
         return batch
@@ -418,20 +418,20 @@ class SpeculativeDecoder(_Decoder):
         beams = beam_search.draft(
             self._fast_drafter,
             batch.context,
-            batch.root,
+            batch.root.to(batch.context.device),
             self.verifier.embed,
             self.beam if width == self.beam.width else replace(self.beam, width=width),
             beam_search.Hints(self._coupling(batch), batch.recycled),
             None if budget is None else budget.worth_going_on,
-        )
-        failed = beams.log_probs.isneginf().flatten(1).all(dim=1)
-        if bool(failed.any()):
-            self._warn_of_failed_draft(len(batch.replies) - int(failed.sum()))
-            if bool(failed.all()):
+        ).on_host()
+        sound = len(batch.replies) - beams.log_probs[:, 0, 0].tolist().count(-math.inf)
+        if sound < len(batch.replies):
+            self._warn_of_failed_draft(sound)
+            if not sound:
                 return DraftTree.root_only(batch.root)
         depths = beams.tokens.shape[1]
         if any(text.repeats for text in batch.repeats):
-            beams = join(beams, Copies.of(batch.repeats, self.beam.lookup_length, batch.root.device))
+            beams = join(beams, Copies.of(batch.repeats, self.beam.lookup_length))
         nodes = self._max_tree_nodes if budget is None else budget.choose(beams.log_probs, depths)
         return DraftTree.root_only(batch.root) if nodes == 1 else DraftTree.from_beams(batch.root, beams, nodes)
 
@@ -457,12 +457,9 @@ class SpeculativeDecoder(_Decoder):
 
     def _coupling(self, batch: _Batch) -> beam_search.Coupling | None:
         sampling = batch.sampler.config
-        if self.beam.coupling == 0:
+        if self.beam.coupling == 0 or sampling.greedy:
             return None
-        rows, tokens = range(len(batch.replies)), self.drafter.draft_token_ids
-        noise = batch.sampler.upcoming_noise(rows, self.beam.length, token_ids=tokens)
-        if noise is None:
-            return None
+        rows = range(len(batch.replies))
 
         def noise_of(depth: int, token_ids: Tensor) -> Tensor:
             found = batch.sampler.upcoming_noise(rows, 1, depth, token_ids)
@@ -470,7 +467,7 @@ class SpeculativeDecoder(_Decoder):
             return found[:, 0]
 
         return beam_search.Coupling(
-            noise=noise.float(),
+            noise=lambda depth: noise_of(depth, self.drafter.draft_token_ids),
             warp=lambda logits: warp(logits, sampling),
             # The request's temperature has stretched the drafter's error with its logits.
             temperature=self.beam.coupling / sampling.temperature,

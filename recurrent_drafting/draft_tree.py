@@ -6,10 +6,16 @@ so a parent's index is always smaller than its children's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
@@ -28,10 +34,17 @@ class Beams:
     parents: Tensor
     log_probs: Tensor
 
+    def on_host(self) -> Beams:
+        """Fetch the beams from the device; a step waits for it here."""
+        return Beams(self.tokens.cpu(), self.parents.cpu(), self.log_probs.cpu())
+
 
 @dataclass(frozen=True)
 class DraftTree:
     """A batch of prefix trees with the same number of nodes.
+
+    Trees are small and are built, cut and walked on the host, so all tensors are on the CPU; the verifier takes what
+    it needs to its device.
 
     Tokens 5 and 6 may follow the root 4, and 7 and 8 the 5. Two beams begin with 5, and one node holds it:
 
@@ -43,8 +56,8 @@ class DraftTree:
     >>> tree = DraftTree.from_beams(torch.tensor([4]), beams)
     >>> tree.tokens.tolist(), tree.parents.tolist()
     ([[4, 5, 6, 7, 8]], [[0, 0, 0, 1, 1]])
-    >>> tree.child(rows=torch.tensor([0]), nodes=torch.tensor([1]), tokens=torch.tensor([8])).tolist()
-    [4]
+    >>> tree.child(row=0, node=1, token=8)
+    4
     >>> tree.ancestor_mask()[0, 4].tolist()  # node 4 attends to the root, node 1 and itself
     [True, True, False, False, True]
     >>> small = tree.prune(3)
@@ -79,13 +92,13 @@ class DraftTree:
         Args:
             root: root tokens, int64 ``[B]``.
         """
-        zeros = torch.zeros_like(root).unsqueeze(1)
+        zeros = torch.zeros(len(root), 1, dtype=torch.long)
         return cls(
-            tokens=root.unsqueeze(1),
+            tokens=root.cpu().unsqueeze(1),
             parents=zeros,
             depths=zeros,
-            log_probs=torch.zeros_like(zeros, dtype=torch.float32),
-            valid=torch.ones_like(zeros, dtype=torch.bool),
+            log_probs=torch.zeros(len(root), 1),
+            valid=torch.ones(len(root), 1, dtype=torch.bool),
             height=0,
         )
 
@@ -103,40 +116,54 @@ class DraftTree:
             beams: output of the beam search.
             max_nodes: nodes to keep, the root included (N); ``None`` keeps all.
         """
+        beams = beams.on_host()
         batch, length, width = beams.tokens.shape
-        device = root.device
         # Beam w of depth d (0-based) becomes node 1 + d * W + w; its parent lies W columns back.
-        offsets = (torch.arange(length, device=device) - 1) * width + 1
-        parents = beams.parents + offsets.view(1, length, 1)
-        parents[:, 0] = 0
-        depths = torch.arange(1, length + 1, device=device).repeat_interleave(width)
-        zero = root.new_zeros(batch, 1)
-        tree = cls(
-            tokens=torch.cat([root.unsqueeze(1), beams.tokens.flatten(1)], dim=1),
-            parents=torch.cat([zero, parents.flatten(1)], dim=1),
-            depths=torch.cat([zero, depths.expand(batch, -1)], dim=1),
-            log_probs=torch.cat([zero.float(), beams.log_probs.flatten(1)], dim=1),
-            valid=torch.cat([zero == 0, beams.log_probs.flatten(1) > -torch.inf], dim=1),
-            height=length,
-        )
-        return tree if max_nodes is None else tree.prune(max_nodes)
+        offsets = (np.arange(length) - 1) * width + 1
+        above = beams.parents.numpy() + offsets[:, None]
+        above[:, 0] = 0
+        tokens, parents, depths = np.zeros((3, batch, 1 + length * width), dtype=np.int64)
+        tokens[:, 0] = root.cpu().numpy()
+        tokens[:, 1:] = beams.tokens.numpy().reshape(batch, -1)
+        parents[:, 1:] = above.reshape(batch, -1)
+        depths[:, 1:] = np.arange(1, length + 1).repeat(width)
+        log_probs = np.zeros(tokens.shape, dtype=np.float32)
+        log_probs[:, 1:] = beams.log_probs.numpy().reshape(batch, -1)
+        return cls._cut((tokens, parents, depths, log_probs), length, max_nodes)
 
     def prune(self, max_nodes: int) -> DraftTree:
         """Keep the ``max_nodes`` most likely nodes of each row (the root is always among them)."""
         if max_nodes >= self.num_nodes:
             return self
-        # Stable: among equals the shallower node wins, so a child never stays without its parent.
-        order = torch.sort(self.log_probs, dim=1, descending=True, stable=True).indices
-        kept = order[:, :max_nodes].sort(dim=1).values
-        new_index = torch.zeros_like(self.parents)
-        new_index.scatter_(1, kept, torch.arange(max_nodes, device=kept.device).expand_as(kept))
-        return DraftTree(
-            tokens=self.tokens.gather(1, kept),
-            parents=new_index.gather(1, self.parents.gather(1, kept)),
-            depths=self.depths.gather(1, kept),
-            log_probs=self.log_probs.gather(1, kept),
-            valid=self.valid.gather(1, kept),
-            height=min(self.height, max_nodes - 1),
+        parts = (self.tokens, self.parents, self.depths, self.log_probs)
+        return self._cut([part.numpy() for part in parts], self.height, max_nodes)
+
+    @classmethod
+    def _cut(cls, parts: Sequence[Array], height: int, max_nodes: int | None) -> DraftTree:
+        """Build a tree of the most likely nodes.
+
+        Args:
+            parts: tokens, parents, depths and log-probabilities of all nodes, each ``[B, n]``.
+            height: largest depth that any node may have.
+            max_nodes: nodes to keep, the root included (N); ``None`` keeps all.
+        """
+        tokens, parents, depths, log_probs = parts
+        if max_nodes is not None and max_nodes < tokens.shape[1]:
+            rows = np.arange(len(tokens))[:, None]
+            # Stable: among equals the shallower node wins, so a child never stays without its parent.
+            kept = np.sort(np.argsort(-log_probs, axis=1, kind="stable")[:, :max_nodes], axis=1)
+            new_index = np.zeros_like(parents)
+            new_index[rows, kept] = np.arange(max_nodes)
+            tokens, depths, log_probs = tokens[rows, kept], depths[rows, kept], log_probs[rows, kept]
+            parents = new_index[rows, parents[rows, kept]]
+            height = min(height, max_nodes - 1)
+        return cls(
+            tokens=torch.from_numpy(tokens),
+            parents=torch.from_numpy(parents),
+            depths=torch.from_numpy(depths),
+            log_probs=torch.from_numpy(log_probs),
+            valid=torch.from_numpy(log_probs > -np.inf),
+            height=height,
         )
 
     def ancestor_mask(self) -> Tensor:
@@ -145,26 +172,27 @@ class DraftTree:
         Returns:
             bool ``[B, N, N]``; entry ``[b, i, j]`` is true when j is i or an ancestor of i.
         """
-        shape = (*self.tokens.shape, self.num_nodes)
-        mask = torch.zeros(shape, dtype=torch.bool, device=self.tokens.device)
-        ancestor = torch.arange(self.num_nodes, device=self.tokens.device).expand_as(self.parents)
+        batch, nodes = self.tokens.shape
+        parents = self.parents.numpy()
+        mask = np.zeros((batch, nodes, nodes), dtype=bool)
+        rows, columns = np.arange(batch)[:, None], np.arange(nodes)
+        ancestor = np.broadcast_to(columns, (batch, nodes))
         for _ in range(self.height + 1):
-            mask.scatter_(2, ancestor.unsqueeze(2), True)
-            ancestor = self.parents.gather(1, ancestor)
-        return mask
+            mask[rows, columns, ancestor] = True
+            ancestor = parents[rows, ancestor]
+        return torch.from_numpy(mask)
 
-    def child(self, rows: Tensor, nodes: Tensor, tokens: Tensor) -> Tensor:
-        """Find the child of a node that carries a token.
+    def child(self, row: int, node: int, token: int) -> int:
+        """Return the child of a node that carries a token, 0 (the root is nobody's child) where none is."""
+        return self._children.get((row, node, token), 0)
 
-        Args:
-            rows: batch rows, int64 ``[R]``.
-            nodes: one node per row, int64 ``[R]``.
-            tokens: the wanted token per row, int64 ``[R]``.
-
-        Returns:
-            int64 ``[R]``: index of the child, or 0 (the root is nobody's child) where none is.
-        """
-        match = (self.parents[rows] == nodes.unsqueeze(1)) & (self.tokens[rows] == tokens.unsqueeze(1))
-        match &= self.valid[rows]
-        match[:, 0] = False
-        return match.int().argmax(dim=1)
+    @cached_property
+    def _children(self) -> dict[tuple[int, int, int], int]:
+        """Return the nodes that may be accepted, by row, parent and token."""
+        columns = (part.tolist() for part in (self.parents, self.tokens, self.valid))
+        return {
+            (row, parent, token): node
+            for row, nodes in enumerate(zip(*columns, strict=True))
+            for node, (parent, token, valid) in enumerate(zip(*nodes, strict=True))
+            if valid and node
+        }

@@ -24,7 +24,7 @@ from recurrent_drafting.verifier import Verifier
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 4
+_FORMAT = 5
 _DRAFTER_SHAPE = ("hidden_size", "exit_dim", "num_draft_layers", "draft_vocab_size", "vocab_size", "rnn", "emb_norm")
 
 

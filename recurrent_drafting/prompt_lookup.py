@@ -11,11 +11,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from recurrent_drafting.draft_tree import Beams
+from recurrent_drafting.draft_tree import Array, Beams
 
 # A repeat is found by its last two tokens, and measured up to a longest length; of several the longest counts,
 # and the latest among equals. So many are compared. Where there is none, the latest place of the last token counts.
@@ -125,7 +125,7 @@ class RepeatIndex:
 
 @dataclass(frozen=True)
 class Copies:
-    """What repeats propose, one chain per row.
+    """What repeats propose, one chain per row, on the host.
 
     Args:
         tokens: copied tokens, int64 ``[B, M]``.
@@ -137,18 +137,17 @@ class Copies:
     log_probs: Tensor
 
     @classmethod
-    def of(cls, texts: Sequence[RepeatIndex], most: int, device: torch.device) -> Copies:
+    def of(cls, texts: Sequence[RepeatIndex], most: int) -> Copies:
         """Look every row up.
 
         Args:
             texts: the rows, each ending with its root token.
             most: tokens M that are copied.
-            device: where the tensors go.
         """
         found = [text.continuation(most) for text in texts]
         nothing = [0] * most, [-math.inf] * most
         tokens, log_probs = zip(*(pair if pair[0] else nothing for pair in found), strict=True)
-        return cls(torch.tensor(tokens, device=device), torch.tensor(log_probs, device=device))
+        return cls(torch.tensor(tokens), torch.tensor(log_probs))
 
 
 def join(beams: Beams, copies: Copies) -> Beams:
@@ -162,23 +161,29 @@ def join(beams: Beams, copies: Copies) -> Beams:
         copies: M tokens per row.
 
     Returns:
-        Beams ``[B, max(L, M), W + 1]``; the last column holds what is copied alone.
+        Beams ``[B, max(L, M), W + 1]`` on the host; the last column holds what is copied alone.
     """
-    _, length, width = beams.tokens.shape
-    missing = max(length - copies.tokens.shape[1], 0)
-    tokens = functional.pad(copies.tokens, (0, missing))
-    log_repeat = functional.pad(copies.log_probs, (0, missing), value=-torch.inf)
-    descent = _descend(beams, tokens[:, :length], ~log_repeat[:, :length].isneginf())
-    log_probs, pooled = _pool(beams, descent, log_repeat[:, :length])
+    beams = beams.on_host()
+    batch, length, width = beams.tokens.shape
+    depths, copied = max(length, copies.tokens.shape[1]), copies.tokens.shape[1]
+    tokens = np.zeros((batch, depths, width + 1), dtype=np.int64)
     # Below the drafter's last depth the copy goes on alone: the last column hangs on itself.
-    tail = tokens.shape[1] - length
-    parents = functional.pad(descent.columns, (0, tail), value=width)[:, : length + tail]
-    deeper = pooled[:, -1:] + log_repeat[:, length:].cumsum(dim=1)
-    return Beams(
-        tokens=torch.cat([functional.pad(beams.tokens, (0, 0, 0, tail)), tokens.unsqueeze(2)], dim=2),
-        parents=torch.cat([functional.pad(beams.parents, (0, 0, 0, tail)), parents.unsqueeze(2)], dim=2),
-        log_probs=torch.cat([log_probs, functional.pad(deeper.unsqueeze(2), (width, 0), value=-torch.inf)], dim=1),
+    parents = np.full_like(tokens, width)
+    log_probs = np.full(tokens.shape, -np.inf, dtype=np.float32)
+    log_repeat = np.full((batch, depths), -np.inf, dtype=np.float32)
+    tokens[:, :length, :width], tokens[:, :copied, width] = beams.tokens.numpy(), copies.tokens.numpy()
+    parents[:, :length, :width], parents[:, length:, :width] = beams.parents.numpy(), 0
+    log_probs[:, :length, :width] = beams.log_probs.numpy()
+    log_repeat[:, :copied] = copies.log_probs.numpy()
+    drafted = log_probs[:, :length, :width]  # a view: pooling moves it in place
+    descent = _descend(
+        parents[:, :length, :width], drafted, tokens[:, :length, :width] == tokens[:, :length, width:], log_repeat
     )
+    parents[:, : length + 1, width] = descent.columns[:, :depths]
+    pooled = _pool(parents[:, :length, :width], drafted, descent, log_repeat[:, :length])
+    log_probs[:, :length, width] = np.where(descent.same.any(axis=2), -np.inf, pooled)
+    log_probs[:, length:, width] = pooled[:, -1:] + log_repeat[:, length:].cumsum(axis=1)
+    return Beams(*(torch.from_numpy(part) for part in (tokens, parents, log_probs)))
 
 
 @dataclass(frozen=True)
@@ -193,73 +198,68 @@ class _Descent:
         same: which of them is the copied token, bool ``[B, L, W]``.
     """
 
-    columns: Tensor
-    shared: Tensor
-    siblings: Tensor
-    same: Tensor
+    columns: Array
+    shared: Array
+    siblings: Array
+    same: Array
 
 
-def _descend(beams: Beams, tokens: Tensor, copied: Tensor) -> _Descent:
+def _descend(parents: Array, log_probs: Array, matches: Array, log_repeat: Array) -> _Descent:
     """Follow copied tokens from the root on.
 
     Args:
-        beams: the drafter's, ``[B, L, W]``.
-        tokens: of the copied text, int64 ``[B, L]``.
-        copied: whether there are any, bool ``[B, L]``.
+        parents: of the drafter's beams, ``[B, L, W]``.
+        log_probs: of their paths, ``[B, L, W]``.
+        matches: which beams end with the copied token of their depth, bool ``[B, L, W]``.
+        log_repeat: of the copied tokens, ``-inf`` where there is none, ``[B, L or more]``.
     """
-    batch, length, width = beams.tokens.shape
-    drafted = ~beams.log_probs.isneginf()
-    matches = drafted & (beams.tokens == tokens.unsqueeze(2))
-    columns = [beams.parents.new_zeros(batch)]
-    shared = [copied[:, 0]]
-    siblings, same = [], []
+    batch, length, width = parents.shape
+    drafted, copied = log_probs > -np.inf, log_repeat > -np.inf
+    columns = np.zeros((batch, length + 1), dtype=np.int64)
+    shared = np.zeros((batch, length), dtype=bool)
+    siblings, same = np.zeros((2, batch, length, width), dtype=bool)
+    going = np.ones(batch, dtype=bool)
     for depth in range(length):
-        siblings.append((beams.parents[:, depth] == columns[-1].unsqueeze(1)) & shared[-1].unsqueeze(1))
-        same.append(siblings[-1] & matches[:, depth])
-        hit, at = same[-1].max(dim=1)
-        columns.append(torch.where(hit, at, width))
-        if depth + 1 < length:
-            shared.append(hit & copied[:, depth + 1])
-    return _Descent(
-        columns=torch.stack(columns, dim=1),
-        shared=torch.stack(shared, dim=1),
-        siblings=torch.stack(siblings, dim=1) & drafted,
-        same=torch.stack(same, dim=1),
-    )
+        shared[:, depth] = going & copied[:, depth]
+        below = (parents[:, depth] == columns[:, depth, None]) & shared[:, depth, None]
+        siblings[:, depth] = below & drafted[:, depth]
+        same[:, depth] = siblings[:, depth] & matches[:, depth]
+        going = same[:, depth].any(axis=1)
+        columns[:, depth + 1] = np.where(going, same[:, depth].argmax(axis=1), width)
+    return _Descent(columns, shared, siblings, same)
 
 
-def _pool(beams: Beams, descent: _Descent, log_repeat: Tensor) -> tuple[Tensor, Tensor]:
+def _pool(parents: Array, log_probs: Array, descent: _Descent, log_repeat: Array) -> Array:
     """Pool the copied tokens' probabilities, and move those of their siblings and all that is below.
 
     Args:
-        beams: the drafter's, ``[B, L, W]``.
+        parents: of the drafter's beams, ``[B, L, W]``.
+        log_probs: of their paths, ``[B, L, W]``; changed in place.
         descent: of the copied text.
         log_repeat: log-probabilities of the copied tokens as the repeat gives them, ``[B, L]``.
 
     Returns:
-        Path log-probabilities of the W columns and of the copied text where it is alone, ``[B, L, W + 1]``, and of
-        the copied text throughout, ``[B, L]``.
+        Path log-probabilities of the copied text, ``[B, L]``.
     """
-    hit = descent.same.any(dim=2)
-    own = torch.where(descent.same, beams.log_probs, 0.0).sum(dim=2)
-    above = functional.pad(own[:, :-1], (1, 0))
+    own = np.where(descent.same, log_probs, 0).sum(axis=2)
+    above = np.zeros_like(own)
+    above[:, 1:] = own[:, :-1]
     # The token's probability as the drafter gives it, and as pooled; both given the node above.
-    q = torch.where(hit, (own - above).exp(), _NOT_DRAFTED).clamp(_LEAST, 1 - _LEAST)
-    repeat = log_repeat.exp()
-    p = torch.where(descent.shared, _pooled(repeat, q), repeat)
-    pooled = p.log().cumsum(dim=1)
-    rest = torch.where(descent.siblings, ((1 - p) / (1 - q)).log().unsqueeze(2), 0.0)
-    lifted = (pooled - own).unsqueeze(2)
+    q = np.where(descent.same.any(axis=2), np.exp(own - above), _NOT_DRAFTED).clip(_LEAST, 1 - _LEAST)
+    p = _pooled(np.exp(log_repeat), q)
+    pooled: Array = np.where(descent.shared, np.log(p), log_repeat).cumsum(axis=1)
+    rest = np.where(descent.siblings, np.log((1 - p) / (1 - q))[:, :, None], 0)
+    lifted = (pooled - own)[:, :, None]
     # Per column of a depth: how far pooling moved its path log-probability, and where that led.
-    moved = paths = beams.log_probs.new_zeros(len(own), beams.log_probs.shape[2])
-    log_probs = []
-    for depth, (parents, drafted) in enumerate(zip(beams.parents.unbind(1), beams.log_probs.unbind(1), strict=True)):
-        moved = torch.where(descent.same[:, depth], lifted[:, depth], moved.gather(1, parents) + rest[:, depth])
+    rows = np.arange(len(own))[:, None]
+    moved = paths = np.zeros((len(own), log_probs.shape[2]), dtype=np.float32)
+    for depth in range(log_probs.shape[1]):
+        above_it = parents[:, depth]
+        moved = np.where(descent.same[:, depth], lifted[:, depth], moved[rows, above_it] + rest[:, depth])
         # Rounding must not lift a node above its parent.
-        paths = torch.minimum(drafted + moved, paths.gather(1, parents))
-        log_probs.append(paths)
-    alone = torch.where(hit, -torch.inf, pooled).unsqueeze(2)
-    return torch.cat([torch.stack(log_probs, dim=1), alone], dim=2), pooled
+        log_probs[:, depth] = np.minimum(log_probs[:, depth] + moved, paths[rows, above_it])
+        paths = log_probs[:, depth]
+    return pooled
 
 
 def best_chain(beams: Beams, copies: Copies) -> tuple[Tensor, Tensor]:
@@ -270,8 +270,8 @@ def best_chain(beams: Beams, copies: Copies) -> tuple[Tensor, Tensor]:
         copies: L tokens per row.
 
     Returns:
-        Tokens, int64 ``[B, L]``, and how many of them are expected to be accepted, ``[B]``; 0 where there is
-        nothing to propose.
+        On the host: tokens, int64 ``[B, L]``, and how many of them are expected to be accepted, ``[B]``; 0 where
+        there is nothing to propose.
     """
     joined = join(beams, copies)
     drafted, alone = joined.log_probs.unbind(dim=2)
@@ -283,7 +283,13 @@ def best_chain(beams: Beams, copies: Copies) -> tuple[Tensor, Tensor]:
     return torch.where(better, joined.tokens[:, :, 1], joined.tokens[:, :, 0]), torch.maximum(own, copied)
 
 
-def _pooled(repeat: Tensor, drafter: Tensor) -> Tensor:
+def _pooled(repeat: Array, drafter: Array) -> Array:
     """Return the probability of a copied token, from that of the repeat and that of the drafter."""
-    odds = _REPEAT_WEIGHT * repeat.clamp(_LEAST, 1 - _LEAST).logit() + _DRAFTER_WEIGHT * drafter.logit()
-    return (odds + _INTERCEPT).sigmoid()
+    odds = _REPEAT_WEIGHT * _logit(repeat.clip(_LEAST, 1 - _LEAST)) + _DRAFTER_WEIGHT * _logit(drafter) + _INTERCEPT
+    probability: Array = 1 / (1 + np.exp(-odds))
+    return probability
+
+
+def _logit(probability: Array) -> Array:
+    odds: Array = np.log(probability / (1 - probability))
+    return odds

@@ -90,15 +90,16 @@ class RecycledNodes:
         start = self._free if self._free + count <= len(self._steps) else 0
         self._free = start + count
         self._step += 1
-        predecessors = torch.cat([self.before.unsqueeze(1), tree.tokens.gather(1, tree.parents[:, 1:])], dim=1)
+        tokens, parents, valid = (part.to(logits.device) for part in (tree.tokens, tree.parents, tree.valid))
+        predecessors = torch.cat([self.before.unsqueeze(1), tokens.gather(1, parents[:, 1:])], dim=1)
         # An LM head may have more rows than there are tokens.
         next_tokens, log_probs = most_likely(logits[:, :count, : len(self._places)], self._kept)
-        self._tokens[:, start : self._free] = torch.where(tree.valid, tree.tokens, -1)[:, :count]
+        self._tokens[:, start : self._free] = torch.where(valid, tokens, -1)[:, :count]
         self._predecessors[:, start : self._free] = predecessors[:, :count]
         self._next_tokens[:, start : self._free], self._log_probs[:, start : self._free] = next_tokens, log_probs
         self._steps[start : self._free] = self._step
         self._log_shares.fill_(math.log(_OLDER))[start : self._free] = math.log(_LAST_STEP)
-        self.before = tree.tokens.gather(1, last.unsqueeze(1)).squeeze(1)
+        self.before = tokens.gather(1, last.unsqueeze(1)).squeeze(1)
 
     def look_up(self, tokens: Tensor, before: Tensor) -> Predictions:
         """Find the latest node with the same token; one with the same predecessor comes first.

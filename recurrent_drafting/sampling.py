@@ -7,6 +7,7 @@ exact sampling (the Gumbel-max trick) that does not depend on how many tokens a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -153,6 +154,16 @@ def warp(logits: Tensor, config: SamplingConfig) -> Tensor:
     return keep_min_p(keep_top_p(logits, config.top_p), config.min_p)
 
 
+def _largest(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row's largest score of ``[R, V]`` and the lowest id that has it, both ``[R]``; NaN is the largest."""
+    if scores.device.type != "cpu":
+        best, tokens = scores.max(dim=-1)
+        return best, tokens
+    # NumPy searches with vector instructions, in a tenth of the time.
+    tokens = torch.from_numpy(scores.numpy().argmax(axis=-1))
+    return scores.gather(1, tokens.unsqueeze(1)).squeeze(1), tokens
+
+
 class Sampler:
     """Choose tokens for a batch of requests and remember what the choice depends on.
 
@@ -210,16 +221,14 @@ class Sampler:
             positions = [self._prompt_lengths[row] + len(self._generated[row]) for row in rows]
             requests = [self._requests[row] for row in rows]
             scores = scores.double() + self.noise.rows(requests, positions)
-        best, tokens = scores.max(dim=-1)
-        finite = torch.isfinite(best)
-        if not bool(finite.all()):
-            index = int((~finite).int().argmax())
-            row = rows[index]
-            raise NumericsError(
-                f"verifier logits are not finite at new token {len(self._generated[row])} of row {self.names[row]} "
-                f"(request {self._requests[row]}): expected finite numbers, got {best[index].item()}; "
-                "check the base model's weights or use --dtype fp32"
-            )
+        best, tokens = _largest(scores)
+        for row, score in zip(rows, best.tolist(), strict=True):
+            if not math.isfinite(score):
+                raise NumericsError(
+                    f"verifier logits are not finite at new token {len(self._generated[row])} of row {self.names[row]} "
+                    f"(request {self._requests[row]}): expected finite numbers, got {score}; "
+                    "check the base model's weights or use --dtype fp32"
+                )
         return tokens
 
     def process(self, logits: Tensor, rows: Sequence[int]) -> Tensor:

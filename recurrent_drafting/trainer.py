@@ -512,17 +512,14 @@ def simulate(
 
 def _follow(tree: DraftTree, texts: Sequence[Sequence[int]]) -> list[int]:
     """Return how many tokens of each text the row's tree holds as a path from the root."""
-    device = tree.tokens.device
-    nodes, lengths = [0] * len(texts), [0] * len(texts)
-    active = [row for row, text in enumerate(texts) if text]
-    while active:
-        at = torch.tensor([nodes[row] for row in active], device=device)
-        tokens = torch.tensor([texts[row][lengths[row]] for row in active], device=device)
-        children = tree.child(torch.tensor(active, device=device), at, tokens).tolist()
-        for row, child in zip(active, children, strict=True):
-            nodes[row] = child
-            lengths[row] += child > 0
-        active = [row for row, child in zip(active, children, strict=True) if child and lengths[row] < len(texts[row])]
+    lengths = []
+    for row, text in enumerate(texts):
+        path = [0]
+        for token in text:
+            if not (child := tree.child(row, path[-1], token)):
+                break
+            path.append(child)
+        lengths.append(len(path) - 1)
     return lengths
 
 

@@ -182,12 +182,15 @@ class LatencyCurve:
             max_nodes: nodes that may be verified, the root included; default any number.
         """
         probabilities = _probabilities(log_probs)
-        rows, depths = probabilities.shape[:2]
+        rows, depths, width = probabilities.shape
         sums: list[float] = [float(rows), *probabilities.sum(axis=(0, 2)).tolist()]
         survival = min(sums[-1] / max(sums[-2], 1e-9), 1.0)
-        longer = np.concatenate([probabilities, probabilities[:, -1:]], axis=1)
-        now, then = (_expected(_falling(paths), calibration)[:max_nodes] for paths in (probabilities, longer))
-        hit, miss = (self.fastest(tokens, depths + 1)[0] for tokens in (then, now))
+        # Twice: without a further depth (of which nothing would be expected), and with one like the last.
+        paths = np.zeros((2, rows, depths + 1, width))
+        paths[:, :, :depths] = probabilities
+        paths[1, :, depths] = probabilities[:, -1]
+        now, then = _expected(_falling(paths), calibration)[:, :max_nodes]
+        hit, miss = self.fastest(then, depths + 1)[0], self.fastest(now, depths + 1)[0]
         return bool(survival * hit + (1 - survival) * miss > self.fastest(now, depths)[0])
 
     def widest(self, calibration: float = 1.0) -> float:
@@ -363,25 +366,29 @@ class DraftBudget:
 
 
 def _probabilities(log_probs: Tensor) -> Floats:
-    """Fetch path probabilities ``[B, depths, W]`` from the device; a step waits for it here."""
-    probabilities: Floats = np.exp(log_probs.cpu().numpy())
+    """Fetch path probabilities ``[B, depths, W]`` from the device; a step waits for it here.
+
+    A row whose drafter is not finite has none.
+    """
+    probabilities: Floats = np.exp(np.fmax(log_probs.cpu().numpy(), -np.inf))
     return probabilities
 
 
 def _falling(probabilities: Floats) -> Floats:
-    """Sort a row's path probabilities ``[B, depths, W]`` of all depths together, the largest first, ``[B, n]``."""
-    return -np.sort(-probabilities.reshape(len(probabilities), -1), axis=1)
+    """Sort a row's path probabilities ``[..., B, depths, W]`` of all depths together, falling, ``[..., B, n]``."""
+    return -np.sort(-probabilities.reshape(*probabilities.shape[:-2], -1), axis=-1)
 
 
 def _expected(falling: Floats, calibration: float) -> Floats:
-    """Return expected tokens over the batch by tree size, from one node on, ``[n + 1]``.
+    """Return expected tokens over the batch by tree size, from one node on, ``[..., n + 1]``.
 
     Args:
-        falling: path probabilities of each row, the largest first, ``[B, n]``.
+        falling: path probabilities of each row, the largest first, ``[..., B, n]``.
         calibration: what they are multiplied by; none rises above 1.
     """
-    tokens = np.full(falling.shape[1] + 1, float(len(falling)))
-    tokens[1:] += np.minimum(calibration * falling, 1.0).sum(axis=0).cumsum()
+    *outer, rows, count = falling.shape
+    tokens = np.full((*outer, count + 1), float(rows))
+    tokens[..., 1:] += np.minimum(calibration * falling, 1.0).sum(axis=-2).cumsum(axis=-1)
     return tokens
 
 

@@ -364,12 +364,12 @@ class Verifier:
             Logits ``[B, N, V]`` and hidden states ``[B, N, H]`` per node.
         """
         lengths = torch.tensor(cache.lengths, device=self.device)
-        positions = lengths.unsqueeze(1) + tree.depths
+        tokens, positions = tree.tokens.to(self.device), lengths.unsqueeze(1) + tree.depths.to(self.device)
         allowed, key_positions = self._tree_mask(tree, lengths, positions, cache.max_length)
         if self._compiled is not None and self._compiled.takes(tree.num_nodes, cache):
-            return self._compiled_output(self._compiled, tree.tokens, positions, allowed, key_positions, cache)
+            return self._compiled_output(self._compiled, tokens, positions, allowed, key_positions, cache)
         with rows_of(cache.lengths, tree.num_nodes):
-            hidden = self._forward(tree.tokens, positions, allowed, key_positions, cache)
+            hidden = self._forward(tokens, positions, allowed, key_positions, cache)
         return self._output(hidden)
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -439,13 +439,11 @@ class Verifier:
             allowed bool ``[B, N, S]`` and the position of each slot ``[B, S]``, S = max_length + N.
         """
         batch, nodes = tree.tokens.shape
-        slots = torch.arange(max_length + nodes, device=lengths.device).expand(batch, -1)
-        offset = slots - lengths.unsqueeze(1)
-        inside = (offset >= 0) & (offset < nodes)
-        index = offset.clamp(0, nodes - 1)
-        ancestors = tree.ancestor_mask().gather(2, index.unsqueeze(1).expand(-1, nodes, -1))
-        allowed = (ancestors & inside.unsqueeze(1)) | (offset < 0).unsqueeze(1)
-        key_positions = torch.where(inside, positions.gather(1, index), slots)
+        slots = torch.arange(max_length + nodes, device=lengths.device)
+        own = lengths.unsqueeze(1) + slots[:nodes]
+        allowed = (slots < lengths.view(-1, 1, 1)).repeat(1, nodes, 1)
+        allowed.scatter_(2, own.unsqueeze(1).expand(-1, nodes, -1), tree.ancestor_mask().to(lengths.device))
+        key_positions = slots.repeat(batch, 1).scatter_(1, own, positions)
         return allowed, key_positions
 
     def _branch_mask(self, cuts: Tensor, depth: int, cache: VerifierCache) -> tuple[Tensor, Tensor]:
@@ -538,14 +536,14 @@ class Verifier:
     def _probe_tree(self, prompts: list[list[int]], tokens: list[int]) -> Tensor:
         """Prefill and verify a root with children."""
         rows, nodes = len(prompts), len(tokens)
-        root = torch.zeros(1, dtype=torch.long, device=self.device)
+        root = torch.zeros(1, dtype=torch.long)
         cache = self._empty_cache(rows, max(map(len, prompts)) + nodes)
         tree = DraftTree(
-            tokens=torch.tensor([tokens] * rows, device=self.device),
-            parents=torch.zeros(rows, nodes, dtype=torch.long, device=self.device),
-            depths=torch.ones(rows, nodes, dtype=torch.long, device=self.device).index_fill(1, root, 0),
-            log_probs=torch.zeros(rows, nodes, device=self.device),
-            valid=torch.ones(rows, nodes, dtype=torch.bool, device=self.device),
+            tokens=torch.tensor([tokens] * rows),
+            parents=torch.zeros(rows, nodes, dtype=torch.long),
+            depths=torch.ones(rows, nodes, dtype=torch.long).index_fill(1, root, 0),
+            log_probs=torch.zeros(rows, nodes),
+            valid=torch.ones(rows, nodes, dtype=torch.bool),
             height=min(nodes - 1, 1),
         )
         self.prefill(prompts, cache)

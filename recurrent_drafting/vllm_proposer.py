@@ -253,7 +253,7 @@ class RecurrentDraftingProposer:
         context = self._watch.step.hidden[[rows[i] for i in asked]]
         root = torch.tensor([sampled_token_ids[i][-1] for i in asked], device=context.device)
         texts = [token_ids_cpu[i, : int(num_tokens_no_spec[i])] for i in asked]
-        copies = Copies.of(self._indices(asked, texts), self._length, context.device)
+        copies = Copies.of(self._indices(asked, texts), self._length)
         for i, chain in zip(asked, self._draft(context, root, copies), strict=True):
             proposals[i] = chain[: rooms[i]]
         return proposals

@@ -117,42 +117,50 @@ MUTANTS = [
     Mutant(
         "positions are one high",
         "verifier",
-        "lengths.unsqueeze(1) + tree.depths",
-        "lengths.unsqueeze(1) + tree.depths + 1",
+        "lengths.unsqueeze(1) + tree.depths.to(self.device)",
+        "lengths.unsqueeze(1) + tree.depths.to(self.device) + 1",
     ),
     Mutant(
         "positions count nodes, not depth",
         "verifier",
-        "lengths.unsqueeze(1) + tree.depths",
+        "lengths.unsqueeze(1) + tree.depths.to(self.device)",
         "lengths.unsqueeze(1) + torch.arange(tree.num_nodes, device=self.device)",
     ),
     Mutant(
         "positions are those of the longest row",
         "verifier",
-        "lengths.unsqueeze(1) + tree.depths",
-        "lengths.max() + tree.depths",
+        "lengths.unsqueeze(1) + tree.depths.to(self.device)",
+        "lengths.max() + tree.depths.to(self.device)",
     ),
-    Mutant("the last committed slot is masked", "verifier", "(offset < 0).unsqueeze(1)", "(offset < -1).unsqueeze(1)"),
     Mutant(
-        "the first slot is masked", "verifier", "(offset < 0).unsqueeze(1)", "((offset < 0) & (slots > 0)).unsqueeze(1)"
+        "the last committed slot is masked",
+        "verifier",
+        "slots < lengths.view(-1, 1, 1)",
+        "slots < lengths.view(-1, 1, 1) - 1",
+    ),
+    Mutant(
+        "the first slot is masked",
+        "verifier",
+        "(slots < lengths.view(-1, 1, 1))",
+        "((slots < lengths.view(-1, 1, 1)) & (slots > 0))",
     ),
     Mutant(
         "slots up to the longest row are visible",
         "verifier",
-        "(offset < 0).unsqueeze(1)",
-        "(slots < max_length).unsqueeze(1)",
+        "(slots < lengths.view(-1, 1, 1)).repeat(1,",
+        "(slots < max_length).repeat(batch,",
     ),
     Mutant(
         "drafted slots are one off in the mask",
         "verifier",
-        "index = offset.clamp(0, nodes - 1)",
-        "index = (offset - 1).clamp(0, nodes - 1)",
+        "allowed.scatter_(2, own.unsqueeze(1)",
+        "allowed.scatter_(2, (own - 1).unsqueeze(1)",
     ),
     Mutant(
         "the window counts slots, not positions",
         "verifier",
-        "torch.where(inside, positions.gather(1, index), slots)",
-        "slots",
+        "slots.repeat(batch, 1).scatter_(1, own, positions)",
+        "slots.repeat(batch, 1)",
     ),
     Mutant(
         "prefill reads the last column, padding or not",
@@ -176,20 +184,20 @@ MUTANTS = [
     Mutant(
         "siblings see each other",
         "draft_tree",
-        "        return mask\n",
-        "        return mask | (self.parents.unsqueeze(1) == self.parents.unsqueeze(2))\n",
+        "return torch.from_numpy(mask)",
+        "return torch.from_numpy(mask) | (self.parents.unsqueeze(1) == self.parents.unsqueeze(2))",
     ),
     Mutant(
         "a node does not see itself",
         "draft_tree",
-        "ancestor = torch.arange(self.num_nodes, device=self.tokens.device).expand_as(self.parents)",
-        "ancestor = self.parents",
+        "ancestor = np.broadcast_to(columns, (batch, nodes))",
+        "ancestor = parents",
     ),
     Mutant(
         "nodes do not see the root",
         "draft_tree",
-        "        return mask\n",
-        "        mask[:, 1:, 0] = False\n        return mask\n",
+        "return torch.from_numpy(mask)",
+        "mask[:, 1:, 0] = False\n        return torch.from_numpy(mask)",
     ),
     Mutant(
         "nodes do not see their grandparent",
@@ -197,36 +205,42 @@ MUTANTS = [
         "for _ in range(self.height + 1):",
         "for _ in range(min(self.height, 1) + 1):",
     ),
-    Mutant("the mask is transposed", "draft_tree", "        return mask\n", "        return mask.transpose(1, 2)\n"),
+    Mutant("the mask is transposed", "draft_tree", "torch.from_numpy(mask)", "torch.from_numpy(mask).transpose(1, 2)"),
     Mutant(
         "pruning leaves the depths behind",
         "draft_tree",
-        "depths=self.depths.gather(1, kept)",
-        "depths=self.depths[:, :max_nodes]",
+        "depths[rows, kept]",
+        "depths[:, :max_nodes]",
     ),
     # Acceptance.
-    Mutant("any child is accepted", "draft_tree", " & (self.tokens[rows] == tokens.unsqueeze(1))", ""),
+    Mutant(
+        "any child is accepted",
+        "draft_tree",
+        "self._children.get((row, node, token), 0)",
+        "next((child for key, child in self._children.items() if key[:2] == (row, node)), 0)",
+    ),
     Mutant(
         "a cousin is accepted",
         "draft_tree",
-        "(self.parents[rows] == nodes.unsqueeze(1))",
-        "(self.depths[rows] == self.depths[rows, nodes].unsqueeze(1) + 1)",
+        "self._children.get((row, node, token), 0)",
+        "next((child for key, child in self._children.items() if key[::2] == (row, token)"
+        " and self.depths[row, child] == self.depths[row, node] + 1), 0)",
     ),
     Mutant("every pick reads the root's logits", "acceptance", "logits[rows, nodes]", "logits[rows, 0]"),
     Mutant("picks read another row's logits", "acceptance", "logits[rows, nodes]", "logits[rows.flip(0), nodes]"),
     Mutant(
         "a drafted token is accepted by a coin of min(1, p/q)",
         "acceptance",
-        "picks = sampler.pick(logits[rows, nodes], active)",
+        "picks = sampler.pick(logits[rows, nodes], active).tolist()",
         "\n".join(
             [
-                "picks = sampler.pick(logits[rows, nodes], active)",
+                "picks = sampler.pick(logits[rows, nodes], active).tolist()",
                 "        p = sampler.process(logits[rows, nodes], active).softmax(dim=-1)",
                 "        for i, (row, node) in enumerate(zip(active, nodes.tolist(), strict=True)):",
                 "            for child in (tree.parents[row] == node).nonzero().flatten().tolist():",
                 "                q = (tree.log_probs[row, child] - tree.log_probs[row, node]).exp()",
                 "                if child and torch.rand(()) < p[i, tree.tokens[row, child]] / q:",
-                "                    picks[i] = tree.tokens[row, child]",
+                "                    picks[i] = int(tree.tokens[row, child])",
                 "                    break",
             ]
         ),
@@ -244,7 +258,9 @@ MUTANTS = [
         "batch.cache.keep(accepted.paths)",
         "batch.cache.keep([range(len(path)) for path in accepted.paths])",
     ),
-    Mutant("the next root is the first pick", "decoding", "bonus = [tokens[-1] for", "bonus = [tokens[0] for"),
+    Mutant(
+        "the next root is the first pick", "decoding", "torch.tensor([tokens[-1] for", "torch.tensor([tokens[0] for"
+    ),
     # What is emitted.
     Mutant(
         "the bonus token is dropped",
@@ -343,14 +359,14 @@ MUTANTS = [
     Mutant(
         "penalties do not see the path",
         "acceptance",
-        "picks = sampler.pick(logits[rows, nodes], active)",
+        "picks = sampler.pick(logits[rows, nodes], active).tolist()",
         "\n".join(
             [
                 "seen, counts = sampler._seen, sampler._counts",
                 "        if not any(len(path) > 1 for path in paths):",
                 "            old_seen, old_counts = (None if x is None else x.clone() for x in (seen, counts))",
                 "        sampler._seen, sampler._counts = old_seen, old_counts",
-                "        picks = sampler.pick(logits[rows, nodes], active)",
+                "        picks = sampler.pick(logits[rows, nodes], active).tolist()",
                 "        sampler._seen, sampler._counts = seen, counts",
             ]
         ),
@@ -452,7 +468,7 @@ MUTANTS = [
         "noise stands still while tokens are accepted",
         "acceptance",
         "sampler.commit(row, token)",
-        "sampler.commit(row, token) if not child else None",
+        "sampler.commit(row, token) if not tree.child(row, paths[row][-1], token) else None",
     ),
     # Counters.
     Mutant(
@@ -509,22 +525,22 @@ MUTANTS = [
     Mutant(
         "pruning leaves the parents behind",
         "draft_tree",
-        "new_index.gather(1, self.parents.gather(1, kept))",
-        "torch.minimum(self.parents[:, :max_nodes], torch.arange(max_nodes, device=kept.device) - 1).clamp(min=0)",
+        "new_index[rows, parents[rows, kept]]",
+        "np.minimum(parents[:, :max_nodes], np.arange(max_nodes) - 1).clip(0)",
         check="acceptance",
     ),
     Mutant(
         "coupled drafting looks a position too far",
         "decoding",
-        "self.beam.length, token_ids=tokens)\n        if noise",
-        "self.beam.length, skip=1, token_ids=tokens)\n        if noise",
+        "upcoming_noise(rows, 1, depth, token_ids)",
+        "upcoming_noise(rows, 1, depth + 1, token_ids)",
         check="acceptance",
     ),
     Mutant(
         "coupled drafting uses one noise at all depths",
         "beam_search",
-        "self.noise[:, depth]",
-        "self.noise[:, 0]",
+        "self.noise(depth)",
+        "self.noise(0)",
         check="acceptance",
     ),
     Mutant(

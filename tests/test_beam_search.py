@@ -181,7 +181,7 @@ def test_coupled_score_is_the_chance_of_being_drawn(
         log_q = sampling.warp(logits.unsqueeze(0), config)[0].log_softmax(dim=0)
         return ((sharpness * log_q + noise[row, depth]) / temperature).log_softmax(dim=0)
 
-    coupling = Coupling(noise, lambda x: sampling.warp(x, config), temperature, sharpness)
+    coupling = Coupling(lambda depth: noise[:, depth], lambda x: sampling.warp(x, config), temperature, sharpness)
     beams = world.draft(BeamConfig(width=6, length=2), coupling)
     for row in range(BATCH):
         every = {path: world.score(row, path, coupled) for path in itertools.product(world.proposable, repeat=2)}
@@ -199,7 +199,8 @@ def test_coupled_chain_of_an_exact_drafter_drafts_what_the_verifier_draws() -> N
         [sampling.GumbelNoise(0, V, torch.device("cpu")).rows([b] * 3, [4, 5, 6]) for b in range(BATCH)]
     )
     for temperature in (0.1, 1.0, 10.0):
-        beams = world.draft(BeamConfig(width=1, length=3), Coupling(noise, lambda logits: logits, temperature))
+        coupling = Coupling(lambda depth: noise[:, depth], lambda logits: logits, temperature)
+        beams = world.draft(BeamConfig(width=1, length=3), coupling)
         for row in range(BATCH):
             drawn: tuple[int, ...] = ()
             for depth in range(3):
@@ -211,8 +212,8 @@ def test_coupled_chain_of_an_exact_drafter_drafts_what_the_verifier_draws() -> N
 def test_filtered_tokens_are_not_proposed() -> None:
     world = World(seed=5)
     config = SamplingConfig(temperature=1.0, top_k=2)
-    noise = torch.zeros(BATCH, 1, V)
-    beams = world.draft(BeamConfig(width=5, length=1), Coupling(noise, lambda x: sampling.warp(x, config), 1.0))
+    coupling = Coupling(lambda _: torch.zeros(BATCH, V), lambda x: sampling.warp(x, config), 1.0)
+    beams = world.draft(BeamConfig(width=5, length=1), coupling)
     assert (beams.log_probs > -torch.inf).sum(dim=2).flatten().tolist() == [2] * BATCH
 
 
@@ -221,7 +222,7 @@ def test_filtered_tokens_are_not_proposed() -> None:
 def test_drafter_that_is_not_finite_proposes_nothing(value: float, coupled: bool) -> None:
     world = World(seed=6)
     world.drafter.head.weight.data[3] = value
-    coupling = Coupling(torch.zeros(BATCH, 3, V), lambda logits: logits, 1.0) if coupled else None
+    coupling = Coupling(lambda _: torch.zeros(BATCH, V), lambda logits: logits, 1.0) if coupled else None
     beams = world.draft(BeamConfig(width=4, length=3), coupling)
     tree = DraftTree.from_beams(world.root, beams)
     assert tree.valid[:, 0].all()

@@ -445,7 +445,8 @@ class Watcher(NoisyOracleDecoder):
         assert coupling is not None
         self.allowances.append(coupling.temperature)
         for index, reply in enumerate(batch.replies):
-            state = (batch.context[index], int(batch.root[index]), coupling.noise[index])
+            noise = torch.stack([coupling.noise(depth)[index] for depth in range(BEAM.length)]).float()
+            state = (batch.context[index], int(batch.root[index]), noise)
             self.seen.append((reply.row, len(reply.tokens), *state))
         return super()._propose(batch)
 

@@ -100,7 +100,7 @@ def test_root_only_proposes_nothing() -> None:
     assert tree.ancestor_mask().tolist() == [[[True]], [[True]]]
     assert tree.log_probs.dtype == torch.float32
     for token in range(7):
-        assert tree.child(torch.tensor([0, 1]), torch.tensor([0, 0]), torch.tensor([token] * 2)).tolist() == [0, 0]
+        assert [tree.child(row, 0, token) for row in (0, 1)] == [0, 0]
 
 
 @many
@@ -196,8 +196,8 @@ def test_ancestor_mask_follows_the_parents(kept: Beams, max_nodes: int) -> None:
 def test_child_is_the_valid_child_with_the_token_or_none(kept: Beams, max_nodes: int) -> None:
     tree = DraftTree.from_beams(roots(kept), kept, max_nodes)
     queries = list(itertools.product(range(tree.tokens.shape[0]), range(tree.num_nodes), range(6)))
-    got = tree.child(*(torch.tensor(column) for column in zip(*queries, strict=True)))
-    for (row, node, token), child in zip(queries, got.tolist(), strict=True):
+    for row, node, token in queries:
+        child = tree.child(row, node, token)
         children = [
             each
             for each in range(1, tree.num_nodes)

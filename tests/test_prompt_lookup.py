@@ -16,7 +16,6 @@ from tests.test_draft_tree import beam_path, beams, path, roots
 from tests.tiny import CONFIGS, make_drafter, make_verifier
 
 many = settings(max_examples=150, deadline=None, database=None, derandomize=True)
-CPU = torch.device("cpu")
 
 
 def longest_repeat(text: list[int]) -> int | None:
@@ -146,7 +145,7 @@ def test_the_best_nodes_of_joined_beams_stay_connected(data: st.DataObject) -> N
 
 def test_rows_without_a_repeat_are_left_as_they_are() -> None:
     kept = Beams(torch.tensor([[[4, 5]]]), torch.zeros(1, 1, 2, dtype=torch.long), torch.tensor([[[-0.5, -1.5]]]))
-    joined = join(kept, Copies.of([RepeatIndex([1, 2, 3])], 2, CPU))
+    joined = join(kept, Copies.of([RepeatIndex([1, 2, 3])], 2))
     assert joined.log_probs.tolist() == [[[-0.5, -1.5, -math.inf], [-math.inf, -math.inf, -math.inf]]]
 
 

@@ -171,7 +171,7 @@ def test_beams_equal_a_search_over_the_mixture_in_plain_python(coupled: bool, dr
     ring, memories = filled(3, 40, 5, world.drafter.draft_token_ids)
     noise = torch.stack([GumbelNoise(0, V, torch.device("cpu")).rows([b] * 3, [4, 5, 6]) for b in range(BATCH)])
     coupling = Coupling(
-        noise[:, :, world.drafter.draft_token_ids],
+        lambda depth: noise[:, depth, world.drafter.draft_token_ids],
         lambda logits: logits,
         temperature=0.7,
         sharpness=1.3,
