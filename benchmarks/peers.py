@@ -114,13 +114,17 @@ def bare_loop(verifier: Verifier, args: argparse.Namespace) -> Callable[[Batch],
 
 
 def hf_generate(verifier: Verifier, args: argparse.Namespace, **options: Any) -> Callable[[Batch], list[list[int]]]:
-    """Return transformers' generate; a batch is padded on the left."""
+    """Return transformers' generate; so many prompts at a time, padded on the left."""
     if args.temperature:
         options |= {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
     else:
         options |= {"do_sample": False}
 
-    def generate(batch: Batch) -> list[list[int]]:
+    def generate(prompts: Batch) -> list[list[int]]:
+        size = args.batch_size
+        return [text for start in range(0, len(prompts), size) for text in together(prompts[start : start + size])]
+
+    def together(batch: Batch) -> list[list[int]]:
         width = max(map(len, batch))
         ids = torch.tensor([[0] * (width - len(row)) + row for row in batch], device=verifier.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=verifier.device)
@@ -153,7 +157,9 @@ class Ours:
     def __call__(self, batch: Batch) -> list[list[int]]:
         """Answer a batch and add up what it took."""
         sampling = SamplingConfig(temperature=self._args.temperature, seed=1)
-        output = self.decoder.generate(batch, max_new_tokens=self._args.new_tokens, sampling=sampling)
+        output = self.decoder.generate(
+            batch, max_new_tokens=self._args.new_tokens, sampling=sampling, batch_size=self._args.batch_size
+        )
         self.stats.merge(output.stats)
         return output.sequences
 
@@ -318,7 +324,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(f"--compile is for batch 1, got --batch_size {args.batch_size}: drop one of them")
     verifier = Verifier.from_pretrained(args.base_model, args.dtype)
     prompts = harness.mt_bench_prompts(args.base_model, args.prompts, args.prompt_tokens)
-    batches = [prompts[start : start + args.batch_size] for start in range(0, len(prompts), args.batch_size)]
+    # One prompt at a time, or all of them in one call that decodes a batch at a time.
+    batches = [prompts] if args.batch_size > 1 else [[prompt] for prompt in prompts]
     workers: dict[str, Worker] = {}
     try:
         start_workers(verifier, args, workers)

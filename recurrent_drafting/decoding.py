@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -77,17 +78,29 @@ class GenerationOutput:
 
 
 class _Reply:
-    """One request's reply while it grows: ends it exactly and keeps its steps.
+    """A request, and its reply while it grows: ends it exactly and keeps its steps.
 
     Args:
         row: its row in the output.
+        prompt: token ids.
+        request_id: key of its noise.
         limit: most new tokens.
         eos_token_ids: tokens that end it.
         stop: see ``generate``.
     """
 
-    def __init__(self, row: int, limit: int, eos_token_ids: frozenset[int], stop: StopFunction | None) -> None:
+    def __init__(
+        self,
+        row: int,
+        prompt: list[int],
+        request_id: int,
+        limit: int,
+        eos_token_ids: frozenset[int],
+        stop: StopFunction | None,
+    ) -> None:
         self.row = row
+        self.prompt = prompt
+        self.request_id = request_id
         self.limit = limit
         self.tokens: list[int] = []
         self.steps: list[Step] = []
@@ -133,7 +146,7 @@ class _Reply:
 
 @dataclass
 class _Batch:
-    """The live rows of a decode; finished ones leave with ``drop_finished``.
+    """The live rows of a decode; the places of finished ones are given to others, or they leave.
 
     Args:
         replies: the reply of each live row.
@@ -154,6 +167,15 @@ class _Batch:
     budget: DraftBudget | None = None
     repeats: list[RepeatIndex] = field(default_factory=list)
     recycled: RecycledNodes | None = None
+
+    def give_places(self, waiting: deque[_Reply]) -> list[int]:
+        """Give the places of ended replies to those that wait; return the rows that are new."""
+        ended = [row for row, reply in enumerate(self.replies) if reply.finish_reason]
+        rows = ended[: len(waiting)]
+        for row in rows:
+            self.replies[row] = reply = waiting.popleft()
+            self.sampler.replace(row, reply.prompt, reply.request_id, reply.row)
+        return rows
 
     def drop_finished(self) -> None:
         """Let rows leave whose reply has ended, so that no work is done for them; the last rows take their places."""
@@ -196,24 +218,26 @@ class _Decoder(ABC):
         input_ids: Tensor | Sequence[Sequence[int]],
         attention_mask: Tensor | None = None,
         *,
-        max_new_tokens: int,
+        max_new_tokens: int | Sequence[int],
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 - frozen
         eos_token_ids: Sequence[int] | None = None,
         stop: StopFunction | None = None,
         request_ids: Sequence[int] | None = None,
         streamer: Streamer | None = None,
+        batch_size: int | None = None,
     ) -> GenerationOutput:
         """Continue each prompt.
 
         Args:
             input_ids: token ids per row as lists, or a left-padded int64 tensor ``[B, T]``.
             attention_mask: true at real tokens, ``[B, T]``; needed with a padded tensor.
-            max_new_tokens: limit per row, in tokens; the context window limits too.
+            max_new_tokens: limit in tokens, one for all or one per row; the context window limits too.
             sampling: the pipeline's settings; default greedy.
             eos_token_ids: tokens that end a reply; default the verifier's own.
             stop: gets a row's new tokens after each one and returns how many to keep, or None.
             request_ids: key of each row's noise; default the row index.
             streamer: gets the prompt, then tokens as they are decided; one row only.
+            batch_size: rows decoded at a time, the next prompt taking the place of one that ends; default all.
 
         Returns:
             Texts, finish reasons and counters. Texts depend on prompts, settings and request ids
@@ -226,44 +250,74 @@ class _Decoder(ABC):
             ResourceError: out of memory, and a smaller tree does not help.
         """
         start = time.perf_counter()
-        prompts = _token_lists(input_ids, attention_mask)
-        _check_arguments(prompts, max_new_tokens, request_ids, streamer)
-        self._check_token_ids(prompts)
-        eos = self.verifier.eos_token_ids if eos_token_ids is None else tuple(eos_token_ids)
+        prompts = self._prompts(input_ids, attention_mask)
+        _check_arguments(prompts, request_ids, streamer, batch_size)
         limits = self._limits(prompts, max_new_tokens)
-        replies = [_Reply(row, limit, frozenset(eos), stop) for row, limit in enumerate(limits)]
+        eos = self.verifier.eos_token_ids if eos_token_ids is None else tuple(eos_token_ids)
+        requests = zip(prompts, range(len(prompts)) if request_ids is None else request_ids, limits, strict=True)
+        replies = [_Reply(row, *request, frozenset(eos), stop) for row, request in enumerate(requests)]
         stats = DecodingStats(rows=len(prompts))
         _stream(streamer, prompts[0])
-        if max_new_tokens:
-            texts, ordered, requests = _shortest_first(prompts, replies, request_ids)
-            sampler = Sampler(sampling, texts, requests, eos, self.verifier.vocab_size, self.verifier.device)
-            self._finish(self._prefill(texts, ordered, sampler, stats), stats, streamer)
+        if any(limits):
+            self._answer(replies, batch_size or len(prompts), sampling, eos, stats, streamer)
         if streamer is not None:
             streamer.end()
         return _collect(replies, stats, time.perf_counter() - start)
 
-    def _finish(self, batch: _Batch, stats: DecodingStats, streamer: Streamer | None) -> None:
-        """Go on after the prefill until the reply of every row has ended."""
-        _stream(streamer, batch.replies[0].tokens)
-        batch.drop_finished()
+    def _answer(
+        self,
+        replies: Sequence[_Reply],
+        batch_size: int,
+        sampling: SamplingConfig,
+        eos: Sequence[int],
+        stats: DecodingStats,
+        streamer: Streamer | None,
+    ) -> None:
+        """Decode until every reply has ended, so many at a time; where one ends, the next takes its place."""
+        # Shortest prompt first: neighbours are then attended together.
+        waiting = deque(sorted((r for r in replies if not r.finish_reason), key=lambda reply: len(reply.prompt)))
+        # Replies stop at their limit, so a row never commits more than prompt + limit tokens.
+        longest = max(len(reply.prompt) + reply.limit for reply in waiting)
+        first = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
+        batch = self._new_batch(first, longest, sampling, eos)
+        new = list(range(len(first)))
         while batch.replies:
-            tokens = self._step(batch, stats)
-            _stream(streamer, tokens)
+            if new:
+                self._prefill(batch, new, stats)
+                _stream(streamer, batch.replies[0].tokens)
+            else:
+                tokens = self._step(batch, stats)
+                _stream(streamer, tokens)
+            new = batch.give_places(waiting)
+            if not new:
+                batch.drop_finished()
 
-    def _prefill(
-        self, prompts: list[list[int]], replies: list[_Reply], sampler: Sampler, stats: DecodingStats
-    ) -> _Batch:
-        sampler.names = [reply.row for reply in replies]
+    def _new_batch(self, replies: list[_Reply], longest: int, sampling: SamplingConfig, eos: Sequence[int]) -> _Batch:
+        """Make room for some rows; ``longest`` is the most tokens that any row will ever commit."""
+        verifier, rows = self.verifier, len(replies)
+        sampler = Sampler(
+            sampling,
+            [reply.prompt for reply in replies],
+            [reply.request_id for reply in replies],
+            eos,
+            verifier.vocab_size,
+            verifier.device,
+            names=[reply.row for reply in replies],
+        )
+        cache = verifier.new_cache(rows, longest + self._max_tree_nodes)
+        context = torch.zeros(rows, verifier.hidden_size, dtype=verifier.dtype, device=verifier.device)
+        return _Batch(replies, sampler, cache, context, torch.zeros(rows, dtype=torch.long))
+
+    def _prefill(self, batch: _Batch, rows: Sequence[int], stats: DecodingStats) -> None:
+        """Read the prompts of rows that are new, and pick their first tokens."""
         with stats.phase("prefill"):
-            # Replies stop at their limit, so a row never commits more than prompt + limit tokens.
-            longest = max(len(prompt) + reply.limit for prompt, reply in zip(prompts, replies, strict=True))
-            cache = self.verifier.new_cache(len(prompts), longest + self._max_tree_nodes)
-            output = self.verifier.prefill(prompts, cache)
-            root = sampler.pick(output.logits[:, 0], range(len(prompts))).cpu()
-            for row, token in enumerate(root.tolist()):
-                sampler.commit(row, token)
-                replies[row].extend([token])
-        return _Batch(list(replies), sampler, cache, output.hidden[:, 0], root)
+            output = self.verifier.prefill([batch.replies[row].prompt for row in rows], batch.cache, rows)
+            tokens = batch.sampler.pick(output.logits[:, 0], rows).tolist()
+            batch.context[rows] = output.hidden[:, 0]
+            batch.root[rows] = torch.tensor(tokens)
+            for row, token in zip(rows, tokens, strict=True):
+                batch.sampler.commit(row, token)
+                batch.replies[row].extend([token])
 
     def _step(self, batch: _Batch, stats: DecodingStats) -> list[int]:
         """Run one step of every live row; return what the first of them emitted."""
@@ -288,9 +342,7 @@ class _Decoder(ABC):
         stats.forwards += 1
         stats.nodes += tree.num_nodes * len(batch.replies)
         kept = [reply.add_step(tokens) for reply, tokens in zip(batch.replies, accepted.tokens, strict=True)]
-        emitted = accepted.tokens[0][: kept[0]]
-        batch.drop_finished()
-        return emitted
+        return accepted.tokens[0][: kept[0]]
 
     def _verify(self, tree: DraftTree, cache: VerifierCache) -> tuple[DraftTree, VerifierOutput]:
         """Verify a tree, or as much of it as there is memory for: the text does not depend on its size."""
@@ -312,7 +364,9 @@ class _Decoder(ABC):
                     tree.num_nodes,
                 )
 
-    def _check_token_ids(self, prompts: list[list[int]]) -> None:
+    def _prompts(self, input_ids: Tensor | Sequence[Sequence[int]], mask: Tensor | None) -> list[list[int]]:
+        """Return the prompts without padding; all their tokens are the verifier's."""
+        prompts = _token_lists(input_ids, mask)
         vocab_size = self.verifier.vocab_size
         for row, prompt in enumerate(prompts):
             for position, token in enumerate(prompt):
@@ -321,19 +375,26 @@ class _Decoder(ABC):
                         f"prompt of row {row}, position {position}: expected a token id of {self.verifier.name_or_path}"
                         f" in 0..{vocab_size - 1}, got {token}; use the tokenizer of this model"
                     )
+        return prompts
 
-    def _limits(self, prompts: list[list[int]], max_new_tokens: int) -> list[int]:
+    def _limits(self, prompts: list[list[int]], max_new_tokens: int | Sequence[int]) -> list[int]:
         """Return how many new tokens fit per row, within the context window."""
+        wanted = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        if len(wanted) != len(prompts):
+            expected = f"one number or one for each of {len(prompts)} prompts"
+            raise UsageError(f"max_new_tokens must be {expected}, got {len(wanted)}")
+        if min(wanted) < 0:
+            raise UsageError(f"max_new_tokens must be >= 0, got {min(wanted)}")
         window = self.verifier.context_window
         if window is None:
-            return [max_new_tokens] * len(prompts)
+            return wanted
         for row, prompt in enumerate(prompts):
             if len(prompt) >= window:
                 raise DataError(
                     f"prompt of row {row} has {len(prompt)} tokens and the context window of "
                     f"{self.verifier.name_or_path} is {window}: expected at most {window - 1}; shorten the prompt"
                 )
-        return [min(max_new_tokens, window - len(prompt)) for prompt in prompts]
+        return [min(count, window - len(prompt)) for count, prompt in zip(wanted, prompts, strict=True)]
 
 
 class AutoregressiveDecoder(_Decoder):
@@ -395,20 +456,26 @@ class SpeculativeDecoder(_Decoder):
         full = self.beam.width * self.beam.length + 1
         return full if self.beam.max_nodes is None else min(full, self.beam.max_nodes)
 
-    def _prefill(
-        self, prompts: list[list[int]], replies: list[_Reply], sampler: Sampler, stats: DecodingStats
-    ) -> _Batch:
-        batch = super()._prefill(prompts, replies, sampler, stats)
+    def _new_batch(self, replies: list[_Reply], longest: int, sampling: SamplingConfig, eos: Sequence[int]) -> _Batch:
+        batch = super()._new_batch(replies, longest, sampling, eos)
         self._fast_drafter = decoding_twin(self.drafter)
         if self.latency is not None:
             table = LatencyTable({1: self.latency}) if isinstance(self.latency, LatencyCurve) else self.latency
             batch.budget = DraftBudget(table, self.beam, self._max_tree_nodes)
-        if self.beam.lookup_length:
-            batch.repeats = [RepeatIndex(prompt + reply.tokens) for prompt, reply in zip(prompts, replies, strict=True)]
-        last = torch.tensor([prompt[-1] for prompt in prompts], device=batch.context.device)
+        batch.repeats = [RepeatIndex([]) for _ in replies] if self.beam.lookup_length else []
+        last = torch.tensor([reply.prompt[-1] for reply in replies], device=batch.context.device)
         capacity = self.beam.recycled_nodes if self._max_tree_nodes > 1 else 0
         batch.recycled = RecycledNodes.of(last, self.drafter, capacity)
         return batch
+
+    def _prefill(self, batch: _Batch, rows: Sequence[int], stats: DecodingStats) -> None:
+        super()._prefill(batch, rows, stats)
+        for row in rows:
+            prompt = batch.replies[row].prompt
+            if batch.repeats:
+                batch.repeats[row] = RepeatIndex(prompt + batch.replies[row].tokens)
+            if batch.recycled is not None:
+                batch.recycled.replace(row, prompt[-1])
 
     def _propose(self, batch: _Batch) -> DraftTree:
         budget = batch.budget
@@ -524,20 +591,9 @@ def _token_lists(input_ids: Tensor | Sequence[Sequence[int]], mask: Tensor | Non
     ]
 
 
-def _shortest_first(
-    prompts: list[list[int]], replies: list[_Reply], request_ids: Sequence[int] | None
-) -> tuple[list[list[int]], list[_Reply], list[int]]:
-    """Return prompts, replies and keys of noise by length of prompt: neighbours are then attended together."""
-    ordered = sorted(replies, key=lambda reply: len(prompts[reply.row]))
-    requests = range(len(prompts)) if request_ids is None else request_ids
-    return [prompts[reply.row] for reply in ordered], ordered, [requests[reply.row] for reply in ordered]
-
-
 def _check_arguments(
-    prompts: list[list[int]], max_new_tokens: int, request_ids: Sequence[int] | None, streamer: Streamer | None
+    prompts: list[list[int]], request_ids: Sequence[int] | None, streamer: Streamer | None, batch_size: int | None
 ) -> None:
-    if max_new_tokens < 0:
-        raise UsageError(f"max_new_tokens must be >= 0, got {max_new_tokens}")
     if not prompts:
         raise DataError("generate needs at least one prompt, got none")
     for row, prompt in enumerate(prompts):
@@ -547,6 +603,8 @@ def _check_arguments(
         raise UsageError(f"request_ids must name each of the {len(prompts)} prompts, got {len(request_ids)}")
     if streamer is not None and len(prompts) != 1:
         raise UsageError(f"a streamer takes one prompt, got {len(prompts)}")
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"batch_size must be >= 1, got {batch_size}")
 
 
 def _stream(streamer: Streamer | None, tokens: Sequence[int]) -> None:

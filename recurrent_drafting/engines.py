@@ -92,11 +92,11 @@ class VllmEngine:
 
 
 class TransformersEngine:
-    """Batches of the package's own baseline decoder.
+    """The package's own baseline decoder.
 
     Args:
         verifier: the model that writes.
-        batch_size: requests per batch.
+        batch_size: requests decoded at a time.
         max_length: longest prompt and text together, in tokens; a prompt of that length has no text.
     """
 
@@ -110,20 +110,17 @@ class TransformersEngine:
     def generate(self, requests: Sequence[Request], max_new_tokens: int) -> list[list[int]]:
         """Return the new token ids of each request, EOS included if produced."""
         texts: list[list[int]] = [[] for _ in requests]
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
         for temperature, min_p in sorted({(item.temperature, item.min_p) for item in requests}):
-            group = [i for i in order if (requests[i].temperature, requests[i].min_p) == (temperature, min_p)]
-            for start in range(0, len(group), self._batch_size):
-                batch = group[start : start + self._batch_size]
-                # A batch has one limit: what its first and shortest prompt leaves.
-                output = self._decoder.generate(
-                    [requests[i].prompt for i in batch],
-                    max_new_tokens=min(max_new_tokens, self._room(requests[batch[0]])),
-                    sampling=SamplingConfig(temperature=temperature, min_p=min_p),
-                    request_ids=[requests[i].seed for i in batch],
-                )
-                for i, tokens in zip(batch, output.sequences, strict=True):
-                    texts[i] = tokens[: self._room(requests[i])]
+            group = [i for i, item in enumerate(requests) if (item.temperature, item.min_p) == (temperature, min_p)]
+            output = self._decoder.generate(
+                [requests[i].prompt for i in group],
+                max_new_tokens=[min(max_new_tokens, self._room(requests[i])) for i in group],
+                sampling=SamplingConfig(temperature=temperature, min_p=min_p),
+                request_ids=[requests[i].seed for i in group],
+                batch_size=self._batch_size,
+            )
+            for i, tokens in zip(group, output.sequences, strict=True):
+                texts[i] = tokens
         return texts
 
     def _room(self, request: Request) -> int:

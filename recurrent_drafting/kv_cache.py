@@ -160,7 +160,7 @@ class VerifierCache(Cache):
 
     @torch.inference_mode()
     def adopt(self, rows: Sequence[int], part: VerifierCache) -> None:
-        """Take the entries of another cache as those of rows that have none yet.
+        """Take the entries of another cache in place of what some rows have.
 
         Args:
             rows: which rows, one for each of the other cache.

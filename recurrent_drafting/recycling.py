@@ -138,6 +138,11 @@ class RecycledNodes:
         index = torch.where(places < 0, outside, places)
         return mixed.scatter_(2, index, torch.logaddexp(mixed.gather(2, index), found.log_weights))
 
+    def replace(self, row: int, before: int) -> None:
+        """Let another text, whose root follows the token ``before``, take a row's place: it starts with no nodes."""
+        self.before[row] = before
+        self._tokens[row] = self._predecessors[row] = -1
+
     def select(self, rows: Sequence[int]) -> None:
         """Keep only the given rows, in the given order; the others leave the batch."""
         index = list(rows)

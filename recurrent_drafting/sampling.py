@@ -99,6 +99,10 @@ class GumbelNoise:
         for position in [position for position in kept if position < before]:
             del kept[position]
 
+    def retain(self, requests: Sequence[int]) -> None:
+        """Drop the rows of all other requests."""
+        self._rows = {request: kept for request, kept in self._rows.items() if request in requests}
+
 
 def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
     """Mask all but the ``top_k`` largest logits ``[R, V]``; ties with the last one kept stay.
@@ -174,9 +178,10 @@ class Sampler:
         eos_token_ids: barred while fewer than ``config.min_new_tokens`` tokens exist.
         vocab_size: the verifier's V.
         device: where logits come from.
+        names: what messages call the rows; default their places.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one more than its callers need
         self,
         config: SamplingConfig,
         prompts: Sequence[Sequence[int]],
@@ -184,24 +189,38 @@ class Sampler:
         eos_token_ids: Sequence[int],
         vocab_size: int,
         device: torch.device,
+        *,
+        names: Sequence[int] | None = None,
     ) -> None:
         self.config = config
-        # What messages call the rows; whoever hands them over in another order renames them.
-        self.names = list(range(len(prompts)))
         self.noise = None if config.greedy else GumbelNoise(config.seed, vocab_size, device)
-        self._requests = list(request_ids)
         self._eos = list(eos_token_ids)
-        self._prompt_lengths = [len(prompt) for prompt in prompts]
+        count = len(prompts)
+        self._names, self._requests, self._prompt_lengths = [0] * count, [0] * count, [0] * count
         self._generated: list[list[int]] = [[] for _ in prompts]
-        self._prompt_tails = self._tails(prompts)
+        self._prompt_tails: list[list[int]] = [[] for _ in prompts]
         self._seen: Tensor | None = None
         self._counts: Tensor | None = None
         if config.repetition_penalty != 1:
-            self._seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
-            for row, prompt in enumerate(prompts):
-                self._seen[row, list(prompt)] = True
+            self._seen = torch.zeros(count, vocab_size, dtype=torch.bool, device=device)
         if config.presence_penalty != 0 or config.frequency_penalty != 0:
-            self._counts = torch.zeros(len(prompts), vocab_size, device=device)
+            self._counts = torch.zeros(count, vocab_size, device=device)
+        names = range(count) if names is None else names
+        for row, (prompt, key, name) in enumerate(zip(prompts, request_ids, names, strict=True)):
+            self.replace(row, prompt, key, name)
+
+    def replace(self, row: int, prompt: Sequence[int], request_id: int, name: int) -> None:
+        """Let another request take a row's place, with nothing generated yet; see the class for the arguments."""
+        self._names[row], self._requests[row] = name, request_id
+        self._prompt_lengths[row], self._prompt_tails[row] = len(prompt), self._tail(prompt)
+        self._generated[row] = []
+        if self._seen is not None:
+            self._seen[row] = False
+            self._seen[row, list(prompt)] = True
+        if self._counts is not None:
+            self._counts[row] = 0
+        if self.noise is not None:
+            self.noise.retain(self._requests)
 
     def pick(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
         """Choose the next token of each row.
@@ -224,9 +243,10 @@ class Sampler:
         best, tokens = _largest(scores)
         for row, score in zip(rows, best.tolist(), strict=True):
             if not math.isfinite(score):
+                place = f"new token {len(self._generated[row])} of row {self._names[row]}"
                 raise NumericsError(
-                    f"verifier logits are not finite at new token {len(self._generated[row])} of row {self.names[row]} "
-                    f"(request {self._requests[row]}): expected finite numbers, got {score}; "
+                    f"verifier logits are not finite at {place} (request {self._requests[row]}): "
+                    f"expected finite numbers, got {score}; "
                     "check the base model's weights or use --dtype fp32"
                 )
         return tokens
@@ -277,7 +297,7 @@ class Sampler:
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only the given rows, in the given order; the others leave the batch."""
-        for name in ("names", "_requests", "_prompt_lengths", "_generated", "_prompt_tails"):
+        for name in ("_names", "_requests", "_prompt_lengths", "_generated", "_prompt_tails"):
             values = getattr(self, name)
             setattr(self, name, [values[row] for row in rows])
         index = list(rows)
@@ -316,7 +336,7 @@ class Sampler:
                     tokens.append(word[-1])
         return tokens
 
-    def _tails(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    def _tail(self, prompt: Sequence[int]) -> list[int]:
         """Keep what a bad word that starts in the prompt can still match."""
         reach = max((len(word) - 1 for word in self.config.bad_words_ids), default=0)
-        return [list(prompt)[-reach:] if reach else [] for prompt in prompts]
+        return list(prompt)[-reach:] if reach else []

@@ -285,27 +285,31 @@ class Verifier:
         return weight[token_ids.to(weight.device)]
 
     @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Sequence[int]], cache: VerifierCache) -> VerifierOutput:
-        """Run prompts into an empty cache, those of like length together.
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], cache: VerifierCache, rows: Sequence[int] | None = None
+    ) -> VerifierOutput:
+        """Run prompts into a cache, those of like length together.
 
         Args:
             prompts: token ids per row, without padding; lengths may differ.
-            cache: empty, with room for the prompts.
+            cache: with room for the prompts.
+            rows: the cache's row of each prompt, whose entries it replaces; default all rows of an empty cache.
 
         Returns:
             Logits ``[B, 1, V]`` and hidden states ``[B, 1, H]`` at each row's last token.
         """
         lengths = [len(prompt) for prompt in prompts]
         groups = group_by_length(lengths, _CALL_TOKENS.get(self.device.type, _CALL_TOKENS_ELSEWHERE))
-        if len(groups) == 1:
+        rows = range(len(prompts)) if rows is None else rows
+        if len(groups) == 1 and not any(cache.lengths):
             return self._output(self._last_hidden(prompts, cache))
         parts = []
-        for rows in groups:
-            part = self._empty_cache(len(rows), max(lengths[row] for row in rows))
-            parts.append(self._last_hidden([prompts[row] for row in rows], part))
-            cache.adopt(rows, part)
-        order = [row for rows in groups for row in rows]
-        return self._output(torch.cat(parts)[[order.index(row) for row in range(len(order))]])
+        for group in groups:
+            part = self._empty_cache(len(group), max(lengths[index] for index in group))
+            parts.append(self._last_hidden([prompts[index] for index in group], part))
+            cache.adopt([rows[index] for index in group], part)
+        order = [index for group in groups for index in group]
+        return self._output(torch.cat(parts)[[order.index(index) for index in range(len(order))]])
 
     def _last_hidden(self, prompts: Sequence[Sequence[int]], cache: VerifierCache) -> Tensor:
         """Run prompts into an empty cache together and return what feeds the LM head at their ends, ``[B, 1, H]``."""

@@ -277,8 +277,8 @@ MUTANTS = [
     Mutant(
         "the first root is emitted twice",
         "decoding",
-        "replies[row].extend([token])",
-        "replies[row].extend([token, token])",
+        "batch.replies[row].extend([token])",
+        "batch.replies[row].extend([token, token])",
     ),
     Mutant("EOS is not noticed", "decoding", "elif self.tokens[-1] in self._eos_token_ids:", "elif not self.tokens:"),
     Mutant(
@@ -296,8 +296,8 @@ MUTANTS = [
     Mutant(
         "only the first EOS id counts",
         "decoding",
-        "_Reply(row, limit, frozenset(eos), stop)",
-        "_Reply(row, limit, frozenset(eos[:1]), stop)",
+        "_Reply(row, *request, frozenset(eos), stop)",
+        "_Reply(row, *request, frozenset(eos[:1]), stop)",
     ),
     Mutant("stop is not heeded", "decoding", "if keep is not None:", "if keep == len(self.tokens):"),
     Mutant("stop keeps a token too many", "decoding", "del self.tokens[keep:]", "del self.tokens[keep + 1 :]"),
@@ -346,8 +346,8 @@ MUTANTS = [
     Mutant(
         "presence and frequency count the prompt",
         "sampling",
-        "self._counts = torch.zeros(len(prompts), vocab_size, device=device)",
-        "self._counts = torch.stack([torch.tensor(p).bincount(minlength=vocab_size).float() for p in prompts])",
+        "self._counts[row] = 0",
+        "self._counts[row] = torch.tensor(prompt).bincount(minlength=len(self._counts[row])).float()",
     ),
     Mutant("frequency is not counted", "sampling", "self._counts[row, token] += 1", "self._counts[row, token] = 1"),
     Mutant(
@@ -460,8 +460,9 @@ MUTANTS = [
     Mutant(
         "noise is keyed by the padded position",
         "sampling",
-        "[len(prompt) for prompt in prompts]",
-        "[max(map(len, prompts)) for _ in prompts]",
+        "            self.replace(row, prompt, key, name)\n",
+        "            self.replace(row, prompt, key, name)\n"
+        "        self._prompt_lengths = [max(map(len, prompts)) for _ in prompts]\n",
         check="batch",
     ),
     Mutant(

@@ -427,6 +427,82 @@ def test_tokens_that_a_stop_drops_are_not_streamed_with_their_step(llama: Verifi
     assert recorder.parts == [PROMPTS[0], text[:1], text[1:6], text[6:8]]
 
 
+# --- more prompts than are decoded at a time ---
+
+QUEUE_SETTINGS = {
+    "greedy": SamplingConfig(min_new_tokens=3),
+    "sampled": SamplingConfig(temperature=0.9, top_p=0.9, seed=3),
+    "penalties": SamplingConfig(
+        temperature=1.0, seed=5, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.3
+    ),
+    "bad words": SamplingConfig(bad_words_ids=((7, 9), (3,)), temperature=1.0, seed=2),
+}
+
+
+@pytest.mark.parametrize("kind", [*DECODERS, "recycling"])
+@pytest.mark.parametrize("settings", QUEUE_SETTINGS)
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_a_prompt_that_takes_the_place_of_another_gets_the_text_it_has_alone(
+    llama: Verifier, kind: str, settings: str, batch_size: int
+) -> None:
+    sampling, count = QUEUE_SETTINGS[settings], 17
+    keys = [31, 7, 7, 0, 12, 5, 40]  # two requests of one key
+    text = free_text(llama, PROMPTS, count, sampling, request_ids=keys)
+    eos = (text[0][4], text[2][0], text[5][9])  # places free at different steps, one of them at its prefill
+    options: dict[str, Any] = {"max_new_tokens": count, "sampling": sampling, "eos_token_ids": eos}
+    alone = [
+        AutoregressiveDecoder(llama).generate([prompt], request_ids=[key], **options)
+        for prompt, key in zip(PROMPTS, keys, strict=True)
+    ]
+    if kind == "recycling":
+        beam = BeamConfig(width=3, length=4, lookup_length=5, recycled_nodes=8)
+        decoder: Decoder = SpeculativeDecoder(llama, make_drafter(llama), beam)
+    else:
+        decoder = make_decoder(kind, llama, text)
+    output = decoder.generate(PROMPTS, request_ids=keys, batch_size=batch_size, **options)
+    assert output.sequences == [single.sequences[0] for single in alone]
+    assert output.finish_reasons == [single.finish_reasons[0] for single in alone]
+    assert output.stats.tokens == sum(map(len, output.sequences))
+    assert output.stats.row_steps == sum(map(len, output.steps)) <= batch_size * output.stats.forwards
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_each_row_may_have_its_own_limit(llama: Verifier, kind: str, batch_size: int | None) -> None:
+    text = free_text(llama, PROMPTS, 9)
+    limits = [3, 0, 9, 1, 0, 5, 2]
+    decoder = make_decoder(kind, llama, text)
+    output = decoder.generate(PROMPTS, max_new_tokens=limits, sampling=SAMPLED, eos_token_ids=(), batch_size=batch_size)
+    assert output.sequences == [tokens[:limit] for tokens, limit in zip(text, limits, strict=True)]
+    assert set(output.finish_reasons) == {"length"}
+
+
+def test_as_many_prompts_are_decoded_at_a_time_as_wanted(llama: Verifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    live = []
+    verify = Verifier.verify
+    monkeypatch.setattr(
+        Verifier, "verify", lambda self, tree, cache: live.append(len(cache.lengths)) or verify(self, tree, cache)
+    )
+    decoder = AutoregressiveDecoder(llama)
+    decoder.generate(PROMPTS[:5], max_new_tokens=4, eos_token_ids=(), batch_size=2)
+    assert live == [2] * 6 + [1] * 3  # 5 replies of 3 tokens besides the first
+    decoder.generate(PROMPTS[:5], max_new_tokens=4, eos_token_ids=(), batch_size=8)
+    assert live[9:] == [5] * 3
+
+
+def test_a_place_that_is_given_away_keeps_no_noise_of_the_request_before(llama: Verifier) -> None:
+    kept: list[int] = []
+
+    class Watching(AutoregressiveDecoder):
+        def _step(self, batch: _Batch, stats: Any) -> list[int]:
+            assert batch.sampler.noise is not None
+            kept.append(len(batch.sampler.noise._rows))
+            return super()._step(batch, stats)
+
+    Watching(llama).generate(PROMPTS, max_new_tokens=3, sampling=SAMPLED, eos_token_ids=(), batch_size=2)
+    assert max(kept) <= 2
+
+
 # --- what the drafter is told: a mistake here would cost speed and show in no text ---
 
 
@@ -490,6 +566,9 @@ def test_coupling_allows_for_an_error_of_the_drafters_logits_before_the_requests
         ((torch.ones(2, 3).long(), torch.ones(2, 2)), {}, UsageError, r"got (2, 3) and (2, 2)"),
         (([[5], [6]],), {"request_ids": [1]}, UsageError, "each of the 2 prompts, got 1"),
         (([[5], [6]],), {"streamer": Recorder()}, UsageError, "a streamer takes one prompt, got 2"),
+        (([[5], [6]],), {"max_new_tokens": [4]}, UsageError, "one number or one for each of 2 prompts, got 1"),
+        (([[5], [6]],), {"max_new_tokens": [4, -2]}, UsageError, "max_new_tokens must be >= 0, got -2"),
+        (([[5], [6]],), {"batch_size": 0}, UsageError, "batch_size must be >= 1, got 0"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_refused(

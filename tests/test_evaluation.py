@@ -164,6 +164,7 @@ def test_orders_alternate(
         original(self, name, *rest)
 
     monkeypatch.setattr(evaluation.Evaluation, "_decode", spy)
+    monkeypatch.setattr(evaluation, "_CALL_BATCHES", 1)
     settings = replace(SETTINGS, batch_size=2)
     evaluation.compare(decoder.verifier, decoder, make_tokenizer(), questions, settings)
     assert order == ["baseline", "speculative", "speculative", "baseline"]

@@ -88,8 +88,15 @@ def untimed(record: dict[str, Any]) -> dict[str, Any]:
     ("batch_size", "after", "kept"), [(1, 6, 1), pytest.param(1, 8, 2, marks=pytest.mark.slow), (3, 5, 1)]
 )
 def test_a_run_that_was_cut_off_ends_as_one_in_one_go(
-    decoder: SpeculativeDecoder, questions: list[Question], tmp_path: Path, batch_size: int, after: int, kept: int
+    decoder: SpeculativeDecoder,
+    questions: list[Question],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    batch_size: int,
+    after: int,
+    kept: int,
 ) -> None:
+    monkeypatch.setattr(evaluation, "_CALL_BATCHES", 1)
     path, settings = tmp_path / "p.jsonl", replace(SETTINGS, batch_size=batch_size)
     whole = run(decoder, questions, None, settings)
     interrupt(decoder, questions, path, settings, after)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig
@@ -13,6 +12,7 @@ from recurrent_drafting import Drafter, RecurrentDraftingConfig, SpeculativeDeco
 from recurrent_drafting.config import BeamConfig
 from recurrent_drafting.decoding import _Batch
 from recurrent_drafting.draft_tree import Beams, DraftTree
+from recurrent_drafting.metrics import DecodingStats
 
 VOCAB = 61
 
@@ -94,8 +94,9 @@ class NoisyOracleDecoder(SpeculativeDecoder):
         tokens, parents, scores = (torch.stack(parts) for parts in zip(*rows, strict=True))
         return DraftTree.from_beams(batch.root, Beams(tokens, parents, scores), self._max_tree_nodes)
 
-    def _prefill(self, *args: Any) -> _Batch:
-        batch = super()._prefill(*args)
+    def _prefill(self, batch: _Batch, rows: Sequence[int], stats: DecodingStats) -> None:
+        first = not any(batch.cache.lengths)
+        super()._prefill(batch, rows, stats)
         keep = batch.cache.keep
 
         def count_and_keep(paths: Sequence[Sequence[int]]) -> None:
@@ -105,8 +106,8 @@ class NoisyOracleDecoder(SpeculativeDecoder):
                 self.moved += list(path) != list(range(len(path)))
             keep(paths)
 
-        batch.cache.keep = count_and_keep  # type: ignore[method-assign]
-        return batch
+        if first:  # the prompts themselves do not count
+            batch.cache.keep = count_and_keep  # type: ignore[method-assign]
 
     def _future(self, batch: _Batch, row: int) -> list[int]:
         """Return the true tokens after the root of a live row."""
