@@ -66,7 +66,7 @@ def _add_modes(parser: cli.ArgumentParser) -> None:
     group.add_argument(
         "--max_prompt_length", type=int, default=RunSettings.max_prompt_length, help="tokens; the rest is cut"
     )
-    group.add_argument("--batch_size", type=int, default=RunSettings.batch_size, help="prompts decoded together")
+    group.add_argument("--batch_size", type=int, default=RunSettings.batch_size, help="prompts decoded at a time")
     group.add_argument("--turns", type=int, default=RunSettings.turns, help="turns per question")
     group.add_argument(
         "--output_file",
