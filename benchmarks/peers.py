@@ -304,18 +304,42 @@ def ratio(ours: Method, other: Method) -> dict[str, float]:
     return spread(turns) | {"total": ours.rate() / other.rate()}
 
 
-def efficiency(speedup: float, speculative: SpeculativeDecoder, tau: float, nodes: float, rows: int) -> dict[str, Any]:
-    """Compare the measured speed-up with what tau would give if only forwards took time: tau x t(1) / t(N)."""
+def ideal(speculative: SpeculativeDecoder, stats: DecodingStats, rows: int) -> float | None:
+    """Return the speed-up if only forwards took time: tau x t(1) / t(N)."""
     table = speculative.latency
     if not isinstance(table, LatencyTable):
-        return {}
-    curve = table.at(rows)
+        return None
+    curve, nodes = table.at(rows), stats.mean_nodes
     below = max((n for n in curve.nodes if n <= nodes), default=curve.nodes[0])
     above = min((n for n in curve.nodes if n >= nodes), default=curve.nodes[-1])
     share = 0.0 if above == below else (nodes - below) / (above - below)
     seconds = (1 - share) * curve.seconds_of(below) + share * curve.seconds_of(above)
-    ideal = tau * curve.seconds[0] / seconds
-    return {"ideal_speedup": ideal, "efficiency": speedup / ideal, "latency_curve": asdict(curve)}
+    return stats.tau * curve.seconds[0] / seconds
+
+
+def efficiency(
+    decoder: SpeculativeDecoder, ours: Method, baseline: Method, counted: Sequence[DecodingStats], rows: int
+) -> dict[str, Any]:
+    """Compare speed-ups with ideal ones, call by call and over all tokens: each with its own tau and nodes."""
+    total = DecodingStats()
+    for stats in counted:
+        total.merge(stats)
+    bound = ideal(decoder, total, rows)
+    if bound is None or not isinstance(decoder.latency, LatencyTable):
+        return {}
+    shares = []
+    for index, stats in enumerate(counted):
+        own = ideal(decoder, stats, rows)
+        gain = ours.tokens[index] / baseline.tokens[index]
+        turns = [gain * b / a for a, b in zip(ours.seconds[index], baseline.seconds[index], strict=True)]
+        if own:
+            shares.append(statistics.median(turns) / own)
+    return {
+        "ideal_speedup": bound,
+        "efficiency": statistics.median(shares),
+        "efficiency_total": ratio(ours, baseline)["total"] / bound,
+        "latency_curve": asdict(decoder.latency.at(rows)),
+    }
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -381,19 +405,21 @@ def _speculative_record(
 ) -> dict[str, Any]:
     """Compare a speculative method with all others, and with the baseline of its kind."""
     # Counters of one more pass, so that they are those of the texts at hand and not of the warm-up.
-    counted = Ours(decoder, args)
+    counted, stats = [], DecodingStats()
     for batch in batches:
-        counted(batch)
+        answer = Ours(decoder, args)
+        answer(batch)
+        counted.append(answer.stats)
+        stats.merge(answer.stats)
     ours, own_baseline = methods[name], name.replace("speculative", "baseline")
     rivals = {rival: ratio(ours, method) for rival, method in methods.items() if rival != name}
-    stats = counted.stats
     return {
         "speculative_over": rivals,
         "beam": asdict(decoder.beam),
         "tau": stats.tau,
         "mean_tree_nodes": stats.mean_nodes,
         "phase_seconds": stats.phase_seconds,
-        **efficiency(rivals[own_baseline]["median"], decoder, stats.tau, stats.mean_nodes, args.batch_size),
+        **efficiency(decoder, ours, methods[own_baseline], counted, args.batch_size),
         "texts_equal_to_baseline": sum(
             a == b
             for mine, other in zip(ours.texts, methods[own_baseline].texts, strict=True)
@@ -431,7 +457,10 @@ def _lines_of(part: dict[str, Any], prompts: int) -> list[str]:
     """Lay out what one speculative decoder counted."""
     lines = [f"tau {part['tau']:.2f}, {part['mean_tree_nodes']:.1f} nodes a step"]
     if "efficiency" in part:
-        lines.append(f"ideal speed-up x{part['ideal_speedup']:.2f}, efficiency {part['efficiency']:.2f}")
+        of_all = part["efficiency_total"]
+        lines.append(
+            f"ideal speed-up x{part['ideal_speedup']:.2f}, efficiency {part['efficiency']:.2f}, of all tokens {of_all:.2f}"
+        )
     return [*lines, f"{part['texts_equal_to_baseline']} of {prompts} texts equal the baseline's"]
 
 
