@@ -457,10 +457,8 @@ def _lines_of(part: dict[str, Any], prompts: int) -> list[str]:
     """Lay out what one speculative decoder counted."""
     lines = [f"tau {part['tau']:.2f}, {part['mean_tree_nodes']:.1f} nodes a step"]
     if "efficiency" in part:
-        of_all = part["efficiency_total"]
-        lines.append(
-            f"ideal speed-up x{part['ideal_speedup']:.2f}, efficiency {part['efficiency']:.2f}, of all tokens {of_all:.2f}"
-        )
+        figures = (part["ideal_speedup"], part["efficiency"], part["efficiency_total"])
+        lines.append("ideal speed-up x{:.2f}, efficiency {:.2f}, of all tokens {:.2f}".format(*figures))
     return [*lines, f"{part['texts_equal_to_baseline']} of {prompts} texts equal the baseline's"]
 
 
