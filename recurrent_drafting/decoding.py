@@ -313,7 +313,7 @@ class _Decoder(ABC):
         with stats.phase("prefill"):
             output = self.verifier.prefill([batch.replies[row].prompt for row in rows], batch.cache, rows)
             tokens = batch.sampler.pick(output.logits[:, 0], rows).tolist()
-            batch.context[rows] = output.hidden[:, 0]
+            batch.context[rows] = output.hidden[:, 0].to(batch.context)
             batch.root[rows] = torch.tensor(tokens)
             for row, token in zip(rows, tokens, strict=True):
                 batch.sampler.commit(row, token)
@@ -379,7 +379,7 @@ class _Decoder(ABC):
 
     def _limits(self, prompts: list[list[int]], max_new_tokens: int | Sequence[int]) -> list[int]:
         """Return how many new tokens fit per row, within the context window."""
-        wanted = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        wanted = list(max_new_tokens) if isinstance(max_new_tokens, Sequence) else [max_new_tokens] * len(prompts)
         if len(wanted) != len(prompts):
             expected = f"one number or one for each of {len(prompts)} prompts"
             raise UsageError(f"max_new_tokens must be {expected}, got {len(wanted)}")
