@@ -45,7 +45,7 @@ from recurrent_drafting import (
 from recurrent_drafting.checkpoint import load_drafter
 from recurrent_drafting.errors import ResourceError, UsageError
 from recurrent_drafting.metrics import DecodingStats
-from recurrent_drafting.tree_budget import LatencyTable
+from recurrent_drafting.tree_budget import LatencyCurve, LatencyTable
 
 WORKER = Path(__file__).with_name("peer_worker.py")
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -292,24 +292,25 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": middle, "quartile_low": low, "quartile_high": high, "count": len(values)}
 
 
-def ratio(ours: Method, other: Method) -> dict[str, float]:
-    """Return how many times faster ours is, in tokens per second: median over turns, and in total."""
-    turns = [
-        (our_tokens / a) / (their_tokens / b)
+def gains(ours: Method, other: Method) -> list[list[float]]:
+    """Return how many times faster ours is, in tokens per second, by call and round."""
+    return [
+        [(our_tokens / a) / (their_tokens / b) for a, b in zip(row, rival, strict=True)]
         for our_tokens, their_tokens, row, rival in zip(
             ours.tokens, other.tokens, ours.seconds, other.seconds, strict=True
         )
-        for a, b in zip(row, rival, strict=True)
     ]
+
+
+def ratio(ours: Method, other: Method) -> dict[str, float]:
+    """Return how many times faster ours is, in tokens per second: median over turns, and in total."""
+    turns = [gain for row in gains(ours, other) for gain in row]
     return spread(turns) | {"total": ours.rate() / other.rate()}
 
 
-def ideal(speculative: SpeculativeDecoder, stats: DecodingStats, rows: int) -> float | None:
+def ideal(curve: LatencyCurve, stats: DecodingStats) -> float:
     """Return the speed-up if only forwards took time: tau x t(1) / t(N)."""
-    table = speculative.latency
-    if not isinstance(table, LatencyTable):
-        return None
-    curve, nodes = table.at(rows), stats.mean_nodes
+    nodes = stats.mean_nodes
     below = max((n for n in curve.nodes if n <= nodes), default=curve.nodes[0])
     above = min((n for n in curve.nodes if n >= nodes), default=curve.nodes[-1])
     share = 0.0 if above == below else (nodes - below) / (above - below)
@@ -318,27 +319,23 @@ def ideal(speculative: SpeculativeDecoder, stats: DecodingStats, rows: int) -> f
 
 
 def efficiency(
-    decoder: SpeculativeDecoder, ours: Method, baseline: Method, counted: Sequence[DecodingStats], rows: int
+    ours: Method, baseline: Method, curve: LatencyCurve, calls: Sequence[DecodingStats], total: DecodingStats
 ) -> dict[str, Any]:
-    """Compare speed-ups with ideal ones, call by call and over all tokens: each with its own tau and nodes."""
-    total = DecodingStats()
-    for stats in counted:
-        total.merge(stats)
-    bound = ideal(decoder, total, rows)
-    if bound is None or not isinstance(decoder.latency, LatencyTable):
+    """Compare speed-ups with ideal ones: call by call, each with its own tau and nodes, and over all tokens."""
+    bound = ideal(curve, total)
+    # A call whose replies end with their first token has no steps.
+    shares = [
+        statistics.median(row) / ideal(curve, stats)
+        for row, stats in zip(gains(ours, baseline), calls, strict=True)
+        if stats.row_steps
+    ]
+    if not shares:
         return {}
-    shares = []
-    for index, stats in enumerate(counted):
-        own = ideal(decoder, stats, rows)
-        gain = ours.tokens[index] / baseline.tokens[index]
-        turns = [gain * b / a for a, b in zip(ours.seconds[index], baseline.seconds[index], strict=True)]
-        if own:
-            shares.append(statistics.median(turns) / own)
     return {
         "ideal_speedup": bound,
         "efficiency": statistics.median(shares),
         "efficiency_total": ratio(ours, baseline)["total"] / bound,
-        "latency_curve": asdict(decoder.latency.at(rows)),
+        "latency_curve": asdict(curve),
     }
 
 
@@ -413,13 +410,16 @@ def _speculative_record(
         stats.merge(answer.stats)
     ours, own_baseline = methods[name], name.replace("speculative", "baseline")
     rivals = {rival: ratio(ours, method) for rival, method in methods.items() if rival != name}
+    table, figures = decoder.latency, dict[str, Any]()
+    if isinstance(table, LatencyTable):
+        figures = efficiency(ours, methods[own_baseline], table.at(args.batch_size), counted, stats)
     return {
         "speculative_over": rivals,
         "beam": asdict(decoder.beam),
         "tau": stats.tau,
         "mean_tree_nodes": stats.mean_nodes,
         "phase_seconds": stats.phase_seconds,
-        **efficiency(decoder, ours, methods[own_baseline], counted, args.batch_size),
+        **figures,
         "texts_equal_to_baseline": sum(
             a == b
             for mine, other in zip(ours.texts, methods[own_baseline].texts, strict=True)

@@ -85,8 +85,7 @@ class Hints:
             logits, further = self.recycled.blend(logits, found), found.tokens
         if self.coupling is not None:
             return self.coupling.score(logits, depth, further), further
-        # What recycling mixes is normalised already.
-        return (logits.float().log_softmax(dim=2) if self.recycled is None else logits), further
+        return logits.float().log_softmax(dim=2), further
 
 
 def draft(  # noqa: PLR0913, PLR0917 - six that say what to draft, one that says how far

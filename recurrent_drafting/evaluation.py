@@ -53,8 +53,8 @@ class RunSettings:
         max_new_tokens: per reply.
         max_prompt_length: prompts are cut to this many tokens: the oldest turns leave first, then
             the end of the last user text.
-        batch_size: prompts decoded at a time; above 1, each of ``_CALL_BATCHES`` times as many takes the place of one
-            that has ended.
+        batch_size: prompts decoded at a time; above 1, a call has four times as many, and each that waits takes the
+            place of one that ends.
         turns: turns per question.
         sampling: the pipeline's settings.
         beam: shape of beams and tree; ``max_nodes`` None with ``auto_tree`` is chosen by cost.
@@ -427,7 +427,7 @@ class Evaluation:
         }
 
     def _row_record(self, row: _Row, main: str) -> dict[str, Any]:
-        """Describe one prompt; in a batch, seconds are those of the whole batch."""
+        """Describe one prompt; with several at a time, seconds are those of the whole call."""
         output = row.outputs[main]
         steps = output["steps"]
         emitted = sum(step.emitted for step in steps)

@@ -300,9 +300,10 @@ class Verifier:
         """
         lengths = [len(prompt) for prompt in prompts]
         groups = group_by_length(lengths, _CALL_TOKENS.get(self.device.type, _CALL_TOKENS_ELSEWHERE))
-        rows = range(len(prompts)) if rows is None else rows
-        if len(groups) == 1 and not any(cache.lengths):
+        in_order = rows is None or list(rows) == list(range(len(cache.lengths)))
+        if len(groups) == 1 and in_order and not any(cache.lengths):
             return self._output(self._last_hidden(prompts, cache))
+        rows = range(len(prompts)) if rows is None else rows
         parts = []
         for group in groups:
             part = self._empty_cache(len(group), max(lengths[index] for index in group))
