@@ -24,7 +24,17 @@ from typing import Any
 
 import torch
 
-from recurrent_drafting import BeamConfig, Verifier, cli, data, result_files, self_data, token_rows, train_serve
+from recurrent_drafting import (
+    BeamConfig,
+    SamplingConfig,
+    Verifier,
+    cli,
+    data,
+    result_files,
+    self_data,
+    token_rows,
+    train_serve,
+)
 from recurrent_drafting.assets import DEFAULT_BASE
 from recurrent_drafting.checkpoint import load_drafter
 from recurrent_drafting.decoding import SpeculativeDecoder
@@ -56,6 +66,7 @@ CHANGES = {
 TIMED_STEPS = 40
 # The training script's own default.
 HELD_OUT_ROWS = 64
+_BATCH = 16
 
 
 def make_recipe(args: argparse.Namespace, change: str) -> str:
@@ -88,14 +99,23 @@ def held_out(args: argparse.Namespace, verifier: Verifier, tokenizer: Any) -> li
     return train_serve.prompts_of(token_rows.split(rows, HELD_OUT_ROWS)[1].rows, args.prompts)
 
 
-def decode(args: argparse.Namespace, verifier: Verifier, prompts: list[list[int]], path: Path) -> dict[str, Any]:
-    """Decode the prompts greedily with every tree size; return tau and acceptance by depth of each."""
+def decode(
+    args: argparse.Namespace,
+    verifier: Verifier,
+    prompts: list[list[int]],
+    path: Path,
+    lookup_length: int = 0,
+    temperature: float = 0.0,
+) -> dict[str, Any]:
+    """Decode the prompts with every tree size, sampling coupled; return tau and acceptance by depth of each."""
     drafter = load_drafter(path)
     found = {}
     for nodes in args.max_tree_nodes:
-        beam = BeamConfig(drafter.config.beam_width, drafter.config.beam_length, nodes or None)
+        width, length = drafter.config.beam_width, drafter.config.beam_length
+        beam = BeamConfig(width, length, nodes or None, lookup_length=lookup_length)
         decoder = SpeculativeDecoder(verifier, drafter, beam)
-        output = decoder.generate(prompts, max_new_tokens=args.new_tokens)
+        sampling = SamplingConfig(temperature=temperature, seed=1)
+        output = decoder.generate(prompts, max_new_tokens=args.new_tokens, sampling=sampling, batch_size=_BATCH)
         depths = [round(share, 4) for share in output.stats.acceptance_by_depth]
         found[str(nodes or "all")] = {"tau": round(output.stats.tau, 4), "acceptance_by_depth": depths}
     return found

@@ -45,7 +45,7 @@ from recurrent_drafting import (
 from recurrent_drafting.checkpoint import load_drafter
 from recurrent_drafting.errors import ResourceError, UsageError
 from recurrent_drafting.metrics import DecodingStats
-from recurrent_drafting.tree_budget import LatencyCurve, LatencyTable
+from recurrent_drafting.tree_budget import LatencyCurve, LatencyTable, batch_sizes
 
 WORKER = Path(__file__).with_name("peer_worker.py")
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -271,13 +271,46 @@ def make_methods(
     return {name: Method(run) for name, run in methods.items()}, decoders
 
 
-def take_turns(methods: dict[str, Method], batches: list[Batch], rounds: int) -> None:
+class Curves:
+    """Latency curves timed before each round, so that they see the machine as the methods do.
+
+    Args:
+        decoders: those whose trees are chosen by cost are timed.
+        batch_size: rows of a forward.
+    """
+
+    def __init__(self, decoders: dict[str, SpeculativeDecoder], batch_size: int) -> None:
+        self._decoders = {name: item for name, item in decoders.items() if isinstance(item.latency, LatencyTable)}
+        self._rows = batch_sizes(batch_size)[-1]
+        self._curves: dict[str, list[LatencyCurve]] = {name: [] for name in self._decoders}
+
+    def measure(self) -> None:
+        """Time one curve of each decoder."""
+        for name, decoder in self._decoders.items():
+            curve = LatencyCurve.measure(decoder.verifier, decoder.drafter, decoder.beam, batch_size=self._rows)
+            self._curves[name].append(curve)
+
+    def middle(self, name: str) -> LatencyCurve | None:
+        """Return the medians over the rounds, None of a decoder whose trees have a fixed size."""
+        curves = self._curves.get(name)
+        if not curves:
+            return None
+        return LatencyCurve(
+            nodes=curves[0].nodes,
+            seconds=tuple(map(statistics.median, zip(*(curve.seconds for curve in curves), strict=True))),
+            depth_seconds=statistics.median(curve.depth_seconds for curve in curves),
+            baseline_seconds=statistics.median(curve.baseline_seconds for curve in curves),
+        )
+
+
+def take_turns(methods: dict[str, Method], batches: list[Batch], rounds: int, before_round: Callable[[], None]) -> None:
     """Let every method answer every batch, in an order that rotates; the round before the first warms up."""
     names = list(methods)
     for method in methods.values():
         method.run(batches[0])
         method.seconds, method.texts = [[] for _ in batches], [[] for _ in batches]
     for round_ in tqdm(range(rounds), desc="rounds"):
+        before_round()
         for index, batch in enumerate(batches):
             shift = (round_ + index) % len(names)
             for name in names[shift:] + names[:shift]:
@@ -315,7 +348,7 @@ def ideal(curve: LatencyCurve, stats: DecodingStats) -> float:
     above = min((n for n in curve.nodes if n >= nodes), default=curve.nodes[-1])
     share = 0.0 if above == below else (nodes - below) / (above - below)
     seconds = (1 - share) * curve.seconds_of(below) + share * curve.seconds_of(above)
-    return stats.tau * curve.seconds[0] / seconds
+    return stats.tau * curve.baseline_seconds / seconds
 
 
 def efficiency(
@@ -352,11 +385,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         start_workers(verifier, args, workers)
         methods, decoders = make_methods(verifier, args)
         methods |= {name: Method(worker) for name, worker in workers.items()}
-        take_turns(methods, batches, args.rounds)
+        curves = Curves(decoders, args.batch_size)
+        take_turns(methods, batches, args.rounds, curves.measure)
     finally:
         for worker in workers.values():
             worker.close()
-    return _record(args, methods, decoders, batches)
+    return _record(args, methods, decoders, batches, curves)
 
 
 def _record(
@@ -364,6 +398,7 @@ def _record(
     methods: dict[str, Method],
     decoders: dict[str, SpeculativeDecoder],
     batches: list[Batch],
+    curves: Curves,
 ) -> dict[str, Any]:
     record = {
         **harness.head(__file__, args, *_SETTINGS),
@@ -379,7 +414,7 @@ def _record(
             for name, method in methods.items()
             if name not in ("baseline", "speculative")
         },
-        **_speculative_record(args, methods, "speculative", decoders["speculative"], batches),
+        **_speculative_record(args, methods, "speculative", decoders["speculative"], batches, curves),
         "prompts": sum(map(len, batches)),
         "seconds": {name: method.seconds for name, method in methods.items()},
         "tokens": {name: method.tokens for name, method in methods.items()},
@@ -388,7 +423,7 @@ def _record(
         decoder = decoders["speculative_compiled"]
         record["compiled"] = {
             "compile_seconds": decoder.verifier.compile_seconds,
-            **_speculative_record(args, methods, "speculative_compiled", decoder, batches),
+            **_speculative_record(args, methods, "speculative_compiled", decoder, batches, curves),
         }
     return record
 
@@ -399,6 +434,7 @@ def _speculative_record(
     name: str,
     decoder: SpeculativeDecoder,
     batches: list[Batch],
+    curves: Curves,
 ) -> dict[str, Any]:
     """Compare a speculative method with all others, and with the baseline of its kind."""
     # Counters of one more pass, so that they are those of the texts at hand and not of the warm-up.
@@ -410,9 +446,9 @@ def _speculative_record(
         stats.merge(answer.stats)
     ours, own_baseline = methods[name], name.replace("speculative", "baseline")
     rivals = {rival: ratio(ours, method) for rival, method in methods.items() if rival != name}
-    table, figures = decoder.latency, dict[str, Any]()
-    if isinstance(table, LatencyTable):
-        figures = efficiency(ours, methods[own_baseline], table.at(args.batch_size), counted, stats)
+    curve, figures = curves.middle(name), dict[str, Any]()
+    if curve is not None:
+        figures = efficiency(ours, methods[own_baseline], curve, counted, stats)
     return {
         "speculative_over": rivals,
         "beam": asdict(decoder.beam),

@@ -3,8 +3,9 @@
 
 Each size is a run of train_speculator.py of its own, with the whole learning rate schedule, over the same number of
 epochs; so data and compute double together. ``--trained`` adds a drafter that has seen all rows, over the epochs that
-its trainer_state.json names. Nothing is chosen here, so the prompts are MT-Bench's. A size that has its file in the
-output directory is skipped, so a run goes on where it stopped.
+its trainer_state.json names. Each is decoded greedily and at temperature 1.0, alone and with copies of the text's
+repeats. Nothing is chosen here, so the prompts are MT-Bench's. A size that has its file in the output directory is
+skipped, so a run goes on where it stopped.
 
 Example:
   python benchmarks/scaling.py --hidden_state_cache DIR --output_dir benchmarks/results/scaling
@@ -30,6 +31,9 @@ from recurrent_drafting.assets import DEFAULT_BASE
 
 # The ablations' best change of their base recipe.
 BEST = "--drafter_predict_n_tokens 3"
+# Name, tokens copied, temperature.
+WAYS = (("greedy", 0, 0.0), ("sampled", 0, 1.0), ("greedy_lookup", 16, 0.0), ("sampled_lookup", 16, 1.0))
+NODES = "16"
 
 
 def row_path(args: argparse.Namespace, rows: int, epochs: float) -> Path:
@@ -47,9 +51,9 @@ def measure(args: argparse.Namespace, rows: int, verifier: Verifier, prompts: li
     recipe = make_recipe(args, change)
     with tempfile.TemporaryDirectory() as scratch:
         seconds = train(args, recipe, Path(scratch) / "run")
-        tau = decode(args, verifier, prompts, Path(scratch) / "run")
+        taus = decode_ways(args, verifier, prompts, Path(scratch) / "run")
     figures = {"rows": rows, "epochs": args.epochs, "training_seconds": round(seconds, 1)}
-    write_row(args, recipe, {**figures, "prompts": len(prompts), "greedy": tau}, path)
+    write_row(args, recipe, {**figures, "prompts": len(prompts), **taus}, path)
     return path
 
 
@@ -60,54 +64,78 @@ def measure_trained(args: argparse.Namespace, rows: int, verifier: Verifier, pro
     if not path.exists():
         seconds = next(entry["train_runtime"] for entry in state["log_history"] if "train_runtime" in entry)
         figures = {"rows": rows, "epochs": state["num_train_epochs"], "training_seconds": round(seconds, 1)}
-        tau = decode(args, verifier, prompts, args.trained)
-        recipe = make_recipe(args, f"{BEST} --num_train_epochs {state['num_train_epochs']}")
-        write_row(args, recipe, {**figures, "prompts": len(prompts), "greedy": tau}, path)
+        taus = decode_ways(args, verifier, prompts, args.trained)
+        recipe = make_recipe(args, f"{args.trained_with} --num_train_epochs {state['num_train_epochs']}")
+        write_row(args, recipe, {**figures, "prompts": len(prompts), **taus}, path)
     return path
 
 
-def fit(records: list[dict[str, Any]], nodes: str) -> tuple[float, float]:
+def decode_ways(args: argparse.Namespace, verifier: Verifier, prompts: list[list[int]], path: Path) -> dict[str, Any]:
+    """Decode greedily and at temperature 1.0, the drafter alone and with copies; return what each found."""
+    return {
+        name: decode(args, verifier, prompts, path, lookup_length, temperature)
+        for name, lookup_length, temperature in WAYS
+    }
+
+
+def fit(records: list[dict[str, Any]], way: str) -> tuple[float, float]:
     """Return intercept and slope of tau over log2 of the rows, by least squares over all sizes."""
-    points = [(math.log2(record["rows"]), record["greedy"][nodes]["tau"]) for record in records]
+    points = [(math.log2(record["rows"]), record[way][NODES]["tau"]) for record in records]
     mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
     spread = sum((x - mean_x) ** 2 for x, _ in points)
     slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
     return mean_y - slope * mean_x, slope
 
 
+def shares(record: dict[str, Any]) -> list[float]:
+    """Return tau at temperature 1.0 over greedy tau: the drafter alone, and with copies."""
+    taus = {way: record[way][NODES]["tau"] for way, _, _ in WAYS}
+    return [taus["sampled"] / taus["greedy"], taus["sampled_lookup"] / taus["greedy_lookup"]]
+
+
 def show(every: list[dict[str, Any]], epochs: float) -> str:
     """Return the sizes, the gain per doubling of the last step and of the line, and what a tenfold would give."""
-    lines = ["| epochs | rows | seconds | tau, 16 nodes | tau, all |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {record['epochs']:g} | {record['rows']} | {record['training_seconds']:.0f} "
-        f"| {record['greedy']['16']['tau']:.3f} | {record['greedy']['all']['tau']:.3f} |"
-        for record in every
-    ]
+    ways = [way for way, _, _ in WAYS]
+    header = ["epochs", "rows", "seconds", *(way.replace("_", ", ") for way in ways), "sampled / greedy", "with lookup"]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for record in every:
+        taus = " | ".join(f"{record[way][NODES]['tau']:.3f}" for way in ways)
+        alone, lookup = shares(record)
+        lines.append(
+            f"| {record['epochs']:g} | {record['rows']} | {record['training_seconds']:.0f} | {taus} "
+            f"| {alone:.3f} | {lookup:.3f} |"
+        )
     records = [record for record in every if record["epochs"] == epochs]
     if len(records) > 1:
-        _, slope = fit(records, "16")
-        before, last = records[-2:]
-        step = math.log2(last["rows"] / before["rows"])
-        recent = (last["greedy"]["16"]["tau"] - before["greedy"]["16"]["tau"]) / step
-        lines.append(
-            f"per doubling, 16 nodes: {slope:+.3f} over all sizes, {recent:+.3f} over the last; "
-            f"ten times the data at the last rate: {last['greedy']['16']['tau'] + recent * math.log2(10):.2f}"
-        )
+        lines += [gain_per_doubling(records, way) for way in ways]
     return "\n".join(lines)
+
+
+def gain_per_doubling(records: list[dict[str, Any]], way: str) -> str:
+    """Return what a doubling of the rows brings, and what ten times of them would."""
+    slope = fit(records, way)[1]
+    before, last = records[-2:]
+    tau = last[way][NODES]["tau"]
+    recent = (tau - before[way][NODES]["tau"]) / math.log2(last["rows"] / before["rows"])
+    return (
+        f"{way}, per doubling: {slope:+.3f} over all sizes, {recent:+.3f} over the last; "
+        f"ten times the data at the last rate: {tau + recent * math.log2(10):.2f}"
+    )
 
 
 def plot(records: list[dict[str, Any]]) -> str:
     """Draw tau over log2 of the rows as one HTML page."""
     lines = [
         plots.Line(
-            f"{nodes} nodes, {epochs:g} epochs",
-            [(math.log2(item["rows"]), item["greedy"][nodes]["tau"]) for item in records if item["epochs"] == epochs],
+            f"{way.replace('_', ' with ')}, {epochs:g} epochs",
+            [(math.log2(item["rows"]), item[way][NODES]["tau"]) for item in records if item["epochs"] == epochs],
         )
         for epochs in sorted({record["epochs"] for record in records})
-        for nodes in records[0]["greedy"]
+        for way, _, _ in WAYS
     ]
     drawing = plots.lines(lines, x_label="log2 of training rows")
-    figure = report.figure("tau on MT-Bench", drawing, records[-1]["command"], [line.name for line in lines])
+    title = f"tau on MT-Bench, {NODES} nodes"
+    figure = report.figure(title, drawing, records[-1]["command"], [line.name for line in lines])
     return report.page("Tau against data and compute", [figure])
 
 
@@ -122,10 +150,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--trained", type=Path, help="a drafter trained on all rows, decoded beside the sizes")
     parser.add_argument("--prompts", type=int, default=80, help="MT-Bench first turns")
     parser.add_argument("--new_tokens", type=int, default=96)
-    parser.add_argument("--max_tree_nodes", type=int, nargs="+", default=[8, 16, 0], help="0 is the full tree")
+    parser.add_argument("--trained_with", default=BEST, help="flags of its training beside the base recipe")
+    parser.set_defaults(max_tree_nodes=[int(NODES)])
     args = parser.parse_args(argv)
     torch.manual_seed(0)
-    verifier, tokenizer = Verifier.from_pretrained(args.base_model), data.load_tokenizer(args.base_model)
+    verifier, tokenizer = Verifier.from_pretrained(args.base_model, "bf16"), data.load_tokenizer(args.base_model)
     prompts = harness.mt_bench_prompts(args.base_model, args.prompts)
     total = len(self_data.self_rows(verifier, tokenizer, Path(), None)) - HELD_OUT_ROWS
     for share in sorted(args.sizes):

@@ -24,7 +24,7 @@ from recurrent_drafting.verifier import Verifier
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 5
+_FORMAT = 6
 _DRAFTER_SHAPE = ("hidden_size", "exit_dim", "num_draft_layers", "draft_vocab_size", "vocab_size", "rnn", "emb_norm")
 
 
@@ -113,7 +113,7 @@ def _read(path: Path | None, key: dict[str, Any]) -> dict[str, Any]:
 def _is_curve(entry: Any) -> bool:
     nodes, seconds = entry["nodes"], entry["seconds"]
     narrow = [value for pair in entry["narrow"] for value in pair]
-    values = [entry["depth_seconds"], entry["repeats"], *nodes, *seconds, *narrow]
+    values = [entry["depth_seconds"], entry["baseline_seconds"], entry["repeats"], *nodes, *seconds, *narrow]
     return bool(nodes) and len(nodes) == len(seconds) and all(type(value) in (int, float) for value in values)
 
 

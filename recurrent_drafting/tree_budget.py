@@ -51,18 +51,26 @@ class LatencyCurve:
         seconds: median seconds of a forward over N nodes.
         depth_seconds: seconds of drafting one depth.
         narrow: beam widths below the full one, rising, each with its seconds of drafting one depth.
+        baseline_seconds: seconds of a baseline step's forward: one node, and no draft before it that took the
+            verifier's weights out of the caches. Default: those of one node after a draft.
     """
 
     nodes: tuple[int, ...]
     seconds: tuple[float, ...]
     depth_seconds: float = 0.0
     narrow: tuple[tuple[int, float], ...] = ()
+    baseline_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.baseline_seconds:
+            object.__setattr__(self, "baseline_seconds", self.seconds[0])
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> LatencyCurve:
         """Return a curve from its fields as JSON has them."""
         narrow = tuple((width, seconds) for width, seconds in record.get("narrow", ()))
-        return cls(tuple(record["nodes"]), tuple(record["seconds"]), record["depth_seconds"], narrow)
+        nodes, seconds = tuple(record["nodes"]), tuple(record["seconds"])
+        return cls(nodes, seconds, record["depth_seconds"], narrow, record.get("baseline_seconds", 0.0))
 
     @classmethod
     def measure(
@@ -97,8 +105,13 @@ class LatencyCurve:
         usual = verifier.verify(_chains(root, min(_USUAL_NODES, most)), cache)
         recycled = RecycledNodes.of(root, drafter, beam.recycled_nodes)
         widths = [beam.width, *(width for width in _NARROW if width < beam.width)]
-        samples: dict[str, list[float]] = {f"{kind}{n}": [] for kind, ns in (("w", widths), ("n", sizes)) for n in ns}
+        kinds = (("w", widths), ("n", sizes), ("baseline", [1]))
+        samples: dict[str, list[float]] = {f"{kind}{n}": [] for kind, ns in kinds for n in ns}
         for _ in range(repeats + 1):
+            for _ in range(2):  # the second comes after a forward of its kind
+                start = time.perf_counter()
+                verifier.verify(_chains(root, 1), cache).logits[0, 0].argmax().item()
+            samples["baseline1"].append(time.perf_counter() - start)
             # A forward before every draft, as in decoding: it takes the drafter's weights out of the caches.
             for width, size in itertools.zip_longest(widths, sizes):
                 if width:
@@ -115,7 +128,8 @@ class LatencyCurve:
         medians = {name: sorted(values[1:])[repeats // 2] for name, values in samples.items()}
         rising = itertools.accumulate((medians[f"n{size}"] for size in sizes), max)
         depth, *narrow = (medians[f"w{width}"] / beam.length for width in widths)
-        return cls(tuple(sizes), tuple(rising), depth, tuple(sorted(zip(widths[1:], narrow, strict=True))))
+        narrower = tuple(sorted(zip(widths[1:], narrow, strict=True)))
+        return cls(tuple(sizes), tuple(rising), depth, narrower, medians["baseline1"])
 
     def at_width(self, width: int) -> LatencyCurve:
         """Return the curve of drafting with beams of a width: the next one that was timed."""
@@ -123,7 +137,7 @@ class LatencyCurve:
 
     @cached_property
     def _narrower(self) -> list[tuple[int, LatencyCurve]]:
-        return [(timed, LatencyCurve(self.nodes, self.seconds, seconds)) for timed, seconds in self.narrow]
+        return [(timed, replace(self, depth_seconds=seconds, narrow=())) for timed, seconds in self.narrow]
 
     def seconds_of(self, nodes: int) -> float:
         """Return seconds of a forward over a number of nodes: those of the next size that was timed."""
@@ -137,7 +151,7 @@ class LatencyCurve:
             max_nodes: nodes that may be verified, the root included.
         """
         return any(
-            (1 + min(depth, min(nodes, max_nodes) - 1)) * self.seconds[0]
+            (1 + min(depth, min(nodes, max_nodes) - 1)) * self.baseline_seconds
             > min(depth, beam.length) * self.depth_seconds + seconds
             for depth in range(1, max(beam.length, beam.lookup_length) + 1)
             for nodes, seconds in zip(self.nodes, self.seconds, strict=True)
@@ -335,7 +349,7 @@ class DraftBudget:
         curve = self._curve(rows)
         nodes = curve.best_nodes(log_probs, self.calibration, depths, self._max_nodes)
         predicted = float(_falling(_probabilities(log_probs))[:, : nodes - 1].sum())
-        cost = (depths * curve.depth_seconds + curve.seconds_of(nodes)) / curve.seconds[0]
+        cost = (depths * curve.depth_seconds + curve.seconds_of(nodes)) / curve.baseline_seconds
         self._settle(1 + self.calibration * predicted / rows - cost)
         self._step = (rows, predicted)
         self._recent.append(nodes)

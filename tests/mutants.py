@@ -323,6 +323,34 @@ MUTANTS = [
         "None if self._counts is None else self._counts[index]",
         "self._counts",
     ),
+    # Places that are given to other rows.
+    Mutant(
+        "a place keeps the request of the row before",
+        "decoding",
+        "self.sampler.replace(row, reply.prompt, reply.request_id, reply.row)",
+        "self.sampler.replace(row, reply.prompt, self.sampler._requests[row], reply.row)",
+    ),
+    Mutant(
+        "a place keeps the tokens that its penalties saw",
+        "sampling",
+        "self._seen[row] = False",
+        "self._seen[row, 0] = False",
+    ),
+    Mutant("a place keeps its counts", "sampling", "self._counts[row] = 0", "pass"),
+    Mutant("a place keeps its generated tokens", "sampling", "self._generated[row] = []", "pass"),
+    Mutant("a place keeps its root", "decoding", "batch.root[rows] = torch.tensor(tokens)", "batch.root[rows[:0]] = 0"),
+    Mutant(
+        "a place keeps the cache of the row before",
+        "kv_cache",
+        "storage[:, row, :, :length] = theirs[:, index, :, :length]",
+        "storage[:, row, :, 1:length] = theirs[:, index, :, 1:length]",
+    ),
+    Mutant(
+        "prompts go to each other's places",
+        "verifier",
+        "cache.adopt([rows[index] for index in group], part)",
+        "cache.adopt([rows[index] for index in reversed(group)], part)",
+    ),
     # The pipeline.
     Mutant(
         "penalties apply twice",
@@ -629,7 +657,8 @@ class Scenario:
         if isinstance(decoder, NoisyOracleDecoder):
             decoder.truth = self.truth
         inputs = left_padded(self.case.prompts) if self.case.as_tensor else (self.case.prompts,)
-        return decoder, decoder.generate(*inputs, **options(self.case, self.eos, self.stop))
+        settings = options(self.case, self.eos, self.stop)
+        return decoder, decoder.generate(*inputs, **settings, batch_size=self.case.batch_size)
 
 
 def options(case: Case, eos: tuple[int, ...] = (), stop: StopFunction | None = None) -> dict[str, object]:

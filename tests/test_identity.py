@@ -33,6 +33,7 @@ class Case:
     probability: float
     as_tensor: bool
     max_new_tokens: int
+    batch_size: int | None
 
 
 def random_case(rng: random.Random) -> Case:
@@ -60,6 +61,7 @@ def random_case(rng: random.Random) -> Case:
         probability=rng.uniform(0.5, 0.9),
         as_tensor=rng.random() < 0.5,
         max_new_tokens=rng.choice([1, 2, 16, 24]),
+        batch_size=rng.choice([None, None, 1, 2]),
     )
 
 
@@ -90,7 +92,7 @@ def run_case(
     if isinstance(decoder, NoisyOracleDecoder):
         decoder.truth = expected.sequences
     inputs = left_padded(case.prompts) if case.as_tensor else (case.prompts,)
-    return expected, decoder.generate(*inputs, **options), decoder
+    return expected, decoder.generate(*inputs, **options, batch_size=case.batch_size), decoder
 
 
 @pytest.mark.parametrize("part", PARTS, ids=["some", "the others"])

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -135,6 +135,7 @@ def test_measured_curve_rises_over_the_promised_sizes(family: str, beam: BeamCon
     assert curve.nodes == sizes
     assert len(curve.seconds) == len(sizes)
     assert curve.seconds[0] > 0
+    assert curve.baseline_seconds > 0
     assert list(curve.seconds) == sorted(curve.seconds)
     assert curve.depth_seconds > 0
     assert [width for width, _ in curve.narrow] == [width for width in (2, 4, 6) if width < beam.width]
@@ -209,6 +210,7 @@ def drafted_steps(budget: DraftBudget, log_probs: torch.Tensor, accepted: int, s
         (CHEAP, 1, 1, False),  # no room for a drafted token
         (LatencyCurve((1, 2), (1.0, 1.8), 0.2), 1, 2, False),  # 2 tokens in 2 steps
         (LatencyCurve((1, 2), (1.0, 1.8), 0.19), 1, 2, True),
+        (LatencyCurve((1, 2), (1.0, 1.8), 0.19, baseline_seconds=0.99), 1, 2, False),  # the baseline's own step counts
         (LatencyCurve((1, 5), (1.0, 1.5), 0.3), 1, 2, True),  # a tree of 2 costs at most what 5 cost
         (LatencyCurve((1, 5), (1.0, 2.0), 0.4), 1, 5, False),  # a single depth does not pay ...
         (LatencyCurve((1, 5), (1.0, 2.0), 0.4), 4, 5, True),  # ... four do: 5 tokens in 3.6 steps
@@ -266,6 +268,7 @@ def test_narrow_beams_cost_what_was_timed_for_the_next_width() -> None:
     curve = LatencyCurve((1, 2), (1.0, 1.1), 0.8, narrow=((2, 0.2), (4, 0.4)))
     assert [curve.at_width(width).depth_seconds for width in (1, 2, 3, 4, 5, 10)] == [0.2, 0.2, 0.4, 0.4, 0.8, 0.8]
     assert LatencyCurve((1,), (1.0,), 0.8).at_width(1).depth_seconds == 0.8
+    assert replace(curve, baseline_seconds=0.9).at_width(2).baseline_seconds == 0.9
 
 
 def test_beams_are_as_wide_as_twice_the_largest_recent_tree_needs() -> None:
