@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 from typing import Any
 
 from recurrent_drafting import tracking
+from recurrent_drafting.hub import public_name
 from recurrent_drafting.result_files import plain, speedup
 
 DEFAULT_PROJECT = "recurrent-drafting"
@@ -50,7 +50,7 @@ def config(record: dict[str, Any]) -> dict[str, Any]:
     told = {name: summary[name] for name in _SUMMARY_SETTINGS if name in summary}
     for name in _NAMES:
         value = summary.get(name)
-        told[name] = Path(value).name if value and Path(value).expanduser().exists() else value
+        told[name] = public_name(value) if value else value
     told |= {name: record["settings"][name] for name in _SETTINGS if name in record["settings"]}
     return dict(plain(told))
 

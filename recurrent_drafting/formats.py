@@ -328,7 +328,10 @@ def _architectures(config: RecurrentDraftingConfig) -> list[str]:
 def _record(path: Path) -> dict[str, Any]:
     try:
         record = manifest.read_json(path)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        reason = f"expected a drafter's config there, got {error.strerror}; name the directory that has it"
+        raise ModelError(f"{path}: {reason}") from error
+    except ValueError as error:
         raise ModelError(f"{path} does not read as JSON: {error}; expected a config") from error
     if not isinstance(record, dict):
         raise ModelError(f"{path}: expected an object of settings, got {type(record).__name__}")

@@ -186,9 +186,9 @@ def base_of(config: RecurrentDraftingConfig, evaluations: Sequence[Evaluation], 
 
 
 def public_name(name: str) -> str:
-    """Return a name without the directories of this machine, if it is a local path."""
-    path = Path(name).expanduser()
-    return path.name if path.is_absolute() or path.exists() else name
+    """Return a name without the directories of a machine, if it is a local path of this one or of any other."""
+    path = Path(name)
+    return path.name if name.startswith("~") or path.is_absolute() or path.exists() else name
 
 
 def model_card(repo_name: str, config: RecurrentDraftingConfig, evaluations: Sequence[Evaluation], base: Base) -> str:

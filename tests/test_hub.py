@@ -416,3 +416,23 @@ def test_the_card_takes_only_its_own_file(folder: Path) -> None:
     assert hub.own_card(folder) is None
     hub.write_files(folder, hub._MARK)
     assert hub.own_card(folder) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "public"),
+    [
+        ("owner/model", "owner/model"),
+        ("gone-model", "gone-model"),
+        ("/data/models/base", "base"),  # of a machine that is not this one
+        ("~/models/base", "base"),
+        ("~nobody-of-that-name/models/base", "base"),
+    ],
+)
+def test_a_name_tells_nothing_of_any_machines_directories(name: str, public: str) -> None:
+    assert hub.public_name(name) == public
+
+
+def test_a_path_from_here_is_told_by_its_last_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out" / "drafter").mkdir(parents=True)
+    assert hub.public_name("out/drafter") == "drafter"

@@ -109,7 +109,8 @@ def loosen(record: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        (lambda folder: (folder / CONFIG).unlink(), "does not read as JSON"),
+        (lambda folder: (folder / CONFIG).unlink(), "expected a drafter's config there, got No such file"),
+        (lambda folder: (folder / CONFIG).write_text("{"), "does not read as JSON"),
         (lambda folder: (folder / WEIGHTS).write_bytes(b"x"), "expected the speculators library's weights"),
         (
             lambda folder: configure(folder, lambda record: record.update(speculators_model_type="eagle3")),
