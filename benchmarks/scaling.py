@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, measure the sizes that are missing, print the table and draw the curve."""
     parser = cli.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base_model", default=DEFAULT_BASE)
-    parser.add_argument("--hidden_state_cache", type=Path, required=True, help="shared by all sizes")
+    parser.add_argument("--hidden_state_cache", type=Path, required=True, help="one for all; each size adds its states")
     parser.add_argument("--output_dir", type=Path, required=True, help="one JSON per size, and the curve")
     parser.add_argument("--sizes", type=float, nargs="+", default=[1 / 16, 1 / 8, 1 / 4, 1 / 2, 1], help="shares")
     parser.add_argument("--epochs", type=float, default=2)
