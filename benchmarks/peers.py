@@ -3,8 +3,8 @@
 
 All methods answer a prompt in turn, in an order that rotates, for several rounds. Ratios are taken
 within a round, prompt by prompt; their median counts, and beside it the ratio of all tokens to all
-seconds. Peers with interpreters of their own (vLLM, llama.cpp) run in processes that are stopped
-while it is another's turn.
+seconds. Peers with interpreters of their own (vLLM, llama.cpp) and our compiled decoders run in
+processes that are stopped while it is another's turn.
 
 Example:
   python benchmarks/peers.py --speculator_path DIR --dtype bf16 --output benchmarks/results/peers-bf16.json
@@ -13,16 +13,12 @@ Example:
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import shutil
-import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,32 +27,20 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 import harness
-from recurrent_drafting import (
-    AutoregressiveDecoder,
-    SamplingConfig,
-    SpeculativeDecoder,
-    Verifier,
-    assets,
-    cli,
-    evaluation,
-    plots,
-    report,
-)
+from our_decoders import Answer, Batch, OurDecoders
+from peer_processes import CompiledDecoders, Worker, start_workers
+from recurrent_drafting import Verifier, cli, plots, report
 from recurrent_drafting.checkpoint import load_drafter
-from recurrent_drafting.errors import ResourceError, UsageError
+from recurrent_drafting.errors import UsageError
 from recurrent_drafting.metrics import DecodingStats
-from recurrent_drafting.tree_budget import LatencyCurve, LatencyTable, batch_sizes
+from recurrent_drafting.tree_budget import LatencyCurve
 
-WORKER = Path(__file__).with_name("peer_worker.py")
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _SETTINGS = (
     *("dtype", "temperature", "batch_size", "prompts", "prompt_tokens", "new_tokens", "rounds"),
-    *("compile", "variants", "more_transformers", "max_tree_nodes"),
+    *("compile", "variants", "more_transformers", "sampled_too", "max_tree_nodes"),
 )
 # Of the variant with token recycling: where its gain in tau had levelled off on held-out prompts.
 _RECYCLED_NODES = 512
-Batch = list[list[int]]
-Answer = tuple[list[list[int]], float]
 
 
 @dataclass
@@ -64,14 +48,18 @@ class Method:
     """One way to answer a batch of prompts.
 
     Args:
-        run: prompts in; texts and seconds out.
+        run: prompts in, an answer out.
+        temperature: of its texts; methods are compared with those of the same.
         seconds: by batch, then round.
         texts: of the last round, by batch.
+        stats: a decoder's own counters of the last round, by batch.
     """
 
     run: Callable[[Batch], Answer]
+    temperature: float
     seconds: list[list[float]] = field(default_factory=list)
     texts: list[list[list[int]]] = field(default_factory=list)
+    stats: list[DecodingStats] = field(default_factory=list)
 
     @property
     def tokens(self) -> list[int]:
@@ -82,6 +70,49 @@ class Method:
         """Return all tokens over all seconds."""
         return sum(self.tokens) / sum(statistics.mean(values) for values in self.seconds)
 
+    def take_turn(self, index: int, batch: Batch) -> None:
+        """Answer a batch and keep what came of it."""
+        answer = self.run(batch)
+        self.texts[index] = answer.texts
+        self.seconds[index].append(answer.seconds)
+        if answer.stats is not None:
+            self.stats[index] = answer.stats
+
+
+@dataclass
+class Speculation:
+    """A speculative method, with its baseline, and curves of its costs that were timed before each round.
+
+    Args:
+        decoders: of both.
+        method: name of the method.
+        baseline: name of its baseline.
+        curves: of each round; none where trees have a fixed size.
+    """
+
+    decoders: OurDecoders | CompiledDecoders
+    method: str
+    baseline: str
+    curves: list[LatencyCurve] = field(default_factory=list)
+
+    def time_curve(self) -> None:
+        """Time one more curve, so that it sees the machine as the next round does."""
+        curve = self.decoders.time_curve()
+        if curve is not None:
+            self.curves.append(curve)
+
+    def middle_curve(self) -> LatencyCurve | None:
+        """Return the medians over the rounds."""
+        curves = self.curves
+        if not curves:
+            return None
+        return LatencyCurve(
+            nodes=curves[0].nodes,
+            seconds=tuple(map(statistics.median, zip(*(curve.seconds for curve in curves), strict=True))),
+            depth_seconds=statistics.median(curve.depth_seconds for curve in curves),
+            baseline_seconds=statistics.median(curve.baseline_seconds for curve in curves),
+        )
+
 
 def timed(generate: Callable[[Batch], list[list[int]]]) -> Callable[[Batch], Answer]:
     """Add the seconds to what a function returns."""
@@ -89,7 +120,7 @@ def timed(generate: Callable[[Batch], list[list[int]]]) -> Callable[[Batch], Ans
     def run(batch: Batch) -> Answer:
         start = time.perf_counter()
         texts = generate(batch)
-        return texts, time.perf_counter() - start
+        return Answer(texts, time.perf_counter() - start)
 
     return run
 
@@ -141,182 +172,80 @@ def _until_eos(tokens: list[int], eos: Sequence[int]) -> list[int]:
     return tokens[: ends[0] + 1] if ends else tokens
 
 
-class Ours:
-    """One of our decoders; keeps the counters of its timed answers.
-
-    Args:
-        decoder: baseline or speculative.
-        args: of the run.
-    """
-
-    def __init__(self, decoder: AutoregressiveDecoder | SpeculativeDecoder, args: argparse.Namespace) -> None:
-        self.decoder = decoder
-        self.stats = DecodingStats()
-        self._args = args
-
-    def __call__(self, batch: Batch) -> list[list[int]]:
-        """Answer a batch and add up what it took."""
-        sampling = SamplingConfig(temperature=self._args.temperature, seed=1)
-        output = self.decoder.generate(
-            batch, max_new_tokens=self._args.new_tokens, sampling=sampling, batch_size=self._args.batch_size
-        )
-        self.stats.merge(output.stats)
-        return output.sequences
-
-
-class Worker:
-    """A peer in a process of its own, stopped while it is not its turn.
-
-    Args:
-        command: starts it.
-        args: of the run.
-
-    Raises:
-        ResourceError: it does not start; its last words are in the message.
-    """
-
-    def __init__(self, command: Sequence[str], args: argparse.Namespace) -> None:
-        self._args = args
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-        )
-        if self._answer() != "ready":
-            raise ResourceError(f"{' '.join(command)} does not start: expected it to say that it is ready")
-        self._signal(signal.SIGSTOP)
-
-    def __call__(self, batch: Batch) -> Answer:
-        """Answer the prompts one by one; the seconds are the worker's own."""
-        self._signal(signal.SIGCONT)
-        texts, seconds = [], 0.0
-        for prompt in batch:
-            request = {"prompt": prompt, "count": self._args.new_tokens, "temperature": self._args.temperature}
-            assert self._process.stdin is not None
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-            answer = self._answer()
-            texts.append(answer["tokens"])
-            seconds += answer["seconds"]
-        self._signal(signal.SIGSTOP)
-        return texts, seconds
-
-    def close(self) -> None:
-        """End the process and those it started."""
-        self._signal(signal.SIGCONT)
-        self._signal(signal.SIGTERM)
-        self._process.wait(timeout=60)
-
-    def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise ResourceError(f"the peer {self._process.args!r} ended by itself: see its messages above")
-        return json.loads(line)
-
-    def _signal(self, number: signal.Signals) -> None:
-        os.killpg(self._process.pid, number)
-
-
-def start_workers(verifier: Verifier, args: argparse.Namespace, workers: dict[str, Worker]) -> None:
-    """Start the peers whose interpreters were given; say of the others that they are left out.
-
-    Args:
-        verifier: the base.
-        args: of the run.
-        workers: takes in each as it starts, so that it can be ended even if the next one fails.
-    """
-    model = assets.source_of(args.base_model)
-    dtype, threads = DTYPES[verifier.dtype], str(torch.get_num_threads())
-    commands = {
-        "vllm": (args.vllm_python, [model, dtype], "--vllm_python PYTHON"),
-        "vllm_ngram": (args.vllm_python if args.ngram else None, [model, dtype], "--vllm_python PYTHON --ngram"),
-        "llama_cpp": (args.llama_python if args.gguf else None, [args.gguf, "-"], "--llama_python PYTHON --gguf FILE"),
-    }
-    for name, (python, words, flags) in commands.items():
-        if python is None or args.batch_size > 1:
-            print(f"{name}: left out ({'batch 1 only' if python else flags + ' includes it'})")
-            continue
-        workers[name] = Worker([python, str(WORKER), name, *words, threads], args)
-
-
 def make_methods(
-    verifier: Verifier, args: argparse.Namespace
-) -> tuple[dict[str, Method], dict[str, SpeculativeDecoder]]:
-    """Build everything that runs in this process; the speculative decoders by the name of their method."""
-    drafter = load_drafter(args.speculator_path)
+    verifier: Verifier, args: argparse.Namespace, workers: dict[str, Worker]
+) -> tuple[dict[str, Method], list[Speculation]]:
+    """Build all methods by name, and say which of them speculate."""
+    eager = our_decoders(verifier, args)
+    methods, speculations = _pair(eager, "", args, args.temperature)
+    pairs = []
+    if args.sampled_too is not None:
+        pairs.append(_pair(eager, "_sampled", args, args.sampled_too))
+    if (worker := workers.get("compiled")) is not None:
+        pairs.append(_pair(CompiledDecoders(worker), "_compiled", args, args.temperature))
+    for more_methods, more_speculations in pairs:
+        methods |= more_methods
+        speculations += more_speculations
+    return methods | _rivals(verifier, args, workers), speculations
 
-    def decoder(base: Verifier = verifier, **changes: int) -> SpeculativeDecoder:
-        beam = replace(drafter.config.beam, max_nodes=args.max_tree_nodes, **changes)
-        settings = evaluation.RunSettings(args.base_model, args.speculator_path, batch_size=args.batch_size, beam=beam)
-        return evaluation.speculative_decoder(base, drafter, settings)
 
-    speculative = decoder()
-    decoders = {"speculative": speculative}
-    methods = {
-        "baseline": timed(Ours(AutoregressiveDecoder(verifier), args)),
-        "speculative": timed(Ours(speculative, args)),
-        "transformers_generate": timed(hf_generate(verifier, args)),
-    }
-    if args.compile:
-        compiled = Verifier(verifier.model, verifier.name_or_path, verifier.fingerprint)
-        compiled.compile()
-        decoders["speculative_compiled"] = decoder(compiled)
-        methods["baseline_compiled"] = timed(Ours(AutoregressiveDecoder(compiled), args))
-        methods["speculative_compiled"] = timed(Ours(decoders["speculative_compiled"], args))
-    if args.variants:
-        methods["drafter_alone"] = timed(Ours(decoder(lookup_length=0, recycled_nodes=0), args))
-        methods["recycling"] = timed(Ours(decoder(recycled_nodes=_RECYCLED_NODES), args))
+def our_decoders(verifier: Verifier, args: argparse.Namespace, **changes: int) -> OurDecoders:
+    """Return our decoders of this process; ``changes`` are of the drafter's beam."""
+    options = {"batch_size": args.batch_size, "max_tree_nodes": args.max_tree_nodes, **changes}
+    return OurDecoders(verifier, load_drafter(args.speculator_path), **options)
+
+
+def _pair(
+    ours: OurDecoders | CompiledDecoders, ending: str, args: argparse.Namespace, temperature: float
+) -> tuple[dict[str, Method], list[Speculation]]:
+    names = f"baseline{ending}", f"speculative{ending}"
+    methods = {name: _method(ours, index == 1, args, temperature) for index, name in enumerate(names)}
+    return methods, [Speculation(ours, names[1], names[0])]
+
+
+def _method(
+    ours: OurDecoders | CompiledDecoders, speculative: bool, args: argparse.Namespace, temperature: float
+) -> Method:
+    return Method(lambda batch: ours.answer(speculative, batch, args.new_tokens, temperature), temperature)
+
+
+def _rivals(verifier: Verifier, args: argparse.Namespace, workers: dict[str, Worker]) -> dict[str, Method]:
+    """Build the methods that ours is compared with: other drafts, transformers, and those of other processes."""
+    runs = {"transformers_generate": timed(hf_generate(verifier, args))}
     if args.more_transformers and args.batch_size == 1 and not args.temperature:
-        methods["bare_loop"] = timed(bare_loop(verifier, args))
-        methods["transformers_prompt_lookup"] = timed(hf_generate(verifier, args, prompt_lookup_num_tokens=10))
-    return {name: Method(run) for name, run in methods.items()}, decoders
+        runs["bare_loop"] = timed(bare_loop(verifier, args))
+        runs["transformers_prompt_lookup"] = timed(hf_generate(verifier, args, prompt_lookup_num_tokens=10))
+    for name in (name for name in workers if name != "compiled"):
+        runs[name] = _of_worker(workers[name], args)
+    methods = {name: Method(run, args.temperature) for name, run in runs.items()}
+    if args.variants:
+        alone = our_decoders(verifier, args, lookup_length=0, recycled_nodes=0)
+        recycling = our_decoders(verifier, args, recycled_nodes=_RECYCLED_NODES)
+        methods["drafter_alone"] = _method(alone, True, args, args.temperature)
+        methods["recycling"] = _method(recycling, True, args, args.temperature)
+    return methods
 
 
-class Curves:
-    """Latency curves timed before each round, so that they see the machine as the methods do.
-
-    Args:
-        decoders: those whose trees are chosen by cost are timed.
-        batch_size: rows of a forward.
-    """
-
-    def __init__(self, decoders: dict[str, SpeculativeDecoder], batch_size: int) -> None:
-        self._decoders = {name: item for name, item in decoders.items() if isinstance(item.latency, LatencyTable)}
-        self._rows = batch_sizes(batch_size)[-1]
-        self._curves: dict[str, list[LatencyCurve]] = {name: [] for name in self._decoders}
-
-    def measure(self) -> None:
-        """Time one curve of each decoder."""
-        for name, decoder in self._decoders.items():
-            curve = LatencyCurve.measure(decoder.verifier, decoder.drafter, decoder.beam, batch_size=self._rows)
-            self._curves[name].append(curve)
-
-    def middle(self, name: str) -> LatencyCurve | None:
-        """Return the medians over the rounds, None of a decoder whose trees have a fixed size."""
-        curves = self._curves.get(name)
-        if not curves:
-            return None
-        return LatencyCurve(
-            nodes=curves[0].nodes,
-            seconds=tuple(map(statistics.median, zip(*(curve.seconds for curve in curves), strict=True))),
-            depth_seconds=statistics.median(curve.depth_seconds for curve in curves),
-            baseline_seconds=statistics.median(curve.baseline_seconds for curve in curves),
-        )
+def _of_worker(worker: Worker, args: argparse.Namespace) -> Callable[[Batch], Answer]:
+    return lambda batch: worker.answer(batch, count=args.new_tokens, temperature=args.temperature)
 
 
-def take_turns(methods: dict[str, Method], batches: list[Batch], rounds: int, before_round: Callable[[], None]) -> None:
+def take_turns(
+    methods: dict[str, Method], batches: list[Batch], rounds: int, speculations: Sequence[Speculation]
+) -> None:
     """Let every method answer every batch, in an order that rotates; the round before the first warms up."""
     names = list(methods)
     for method in methods.values():
         method.run(batches[0])
         method.seconds, method.texts = [[] for _ in batches], [[] for _ in batches]
+        method.stats = [DecodingStats() for _ in batches]
     for round_ in tqdm(range(rounds), desc="rounds"):
-        before_round()
+        for speculation in speculations:
+            speculation.time_curve()
         for index, batch in enumerate(batches):
             shift = (round_ + index) % len(names)
             for name in names[shift:] + names[:shift]:
-                texts, seconds = methods[name].run(batch)
-                methods[name].texts[index] = texts
-                methods[name].seconds[index].append(seconds)
+                methods[name].take_turn(index, batch)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -351,15 +280,13 @@ def ideal(curve: LatencyCurve, stats: DecodingStats) -> float:
     return stats.tau * curve.baseline_seconds / seconds
 
 
-def efficiency(
-    ours: Method, baseline: Method, curve: LatencyCurve, calls: Sequence[DecodingStats], total: DecodingStats
-) -> dict[str, Any]:
+def efficiency(ours: Method, baseline: Method, curve: LatencyCurve) -> dict[str, Any]:
     """Compare speed-ups with ideal ones: call by call, each with its own tau and nodes, and over all tokens."""
-    bound = ideal(curve, total)
+    bound = ideal(curve, total(ours))
     # A call whose replies end with their first token has no steps.
     shares = [
         statistics.median(row) / ideal(curve, stats)
-        for row, stats in zip(gains(ours, baseline), calls, strict=True)
+        for row, stats in zip(gains(ours, baseline), ours.stats, strict=True)
         if stats.row_steps
     ]
     if not shares:
@@ -372,34 +299,42 @@ def efficiency(
     }
 
 
+def total(method: Method) -> DecodingStats:
+    """Add up the counters of a method's last round."""
+    stats = DecodingStats()
+    for of_batch in method.stats:
+        stats.merge(of_batch)
+    return stats
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Run all methods and compare."""
     if args.compile and args.batch_size > 1:
         raise UsageError(f"--compile is for batch 1, got --batch_size {args.batch_size}: drop one of them")
+    if args.sampled_too is not None and (args.sampled_too <= 0 or args.temperature):
+        raise UsageError(
+            f"--sampled_too is a temperature above 0 beside greedy text, got {args.sampled_too:g} beside "
+            f"--temperature {args.temperature:g}"
+        )
     verifier = Verifier.from_pretrained(args.base_model, args.dtype)
     prompts = harness.mt_bench_prompts(args.base_model, args.prompts, args.prompt_tokens)
     # One prompt at a time, or all of them in one call that decodes a batch at a time.
-    batches = [prompts] if args.batch_size > 1 else [[prompt] for prompt in prompts]
+    batches: list[Batch] = [prompts] if args.batch_size > 1 else [[prompt] for prompt in prompts]
     workers: dict[str, Worker] = {}
     try:
         start_workers(verifier, args, workers)
-        methods, decoders = make_methods(verifier, args)
-        methods |= {name: Method(worker) for name, worker in workers.items()}
-        curves = Curves(decoders, args.batch_size)
-        take_turns(methods, batches, args.rounds, curves.measure)
+        methods, speculations = make_methods(verifier, args, workers)
+        take_turns(methods, batches, args.rounds, speculations)
     finally:
         for worker in workers.values():
             worker.close()
-    return _record(args, methods, decoders, batches, curves)
+    return _record(args, methods, speculations, len(prompts))
 
 
 def _record(
-    args: argparse.Namespace,
-    methods: dict[str, Method],
-    decoders: dict[str, SpeculativeDecoder],
-    batches: list[Batch],
-    curves: Curves,
+    args: argparse.Namespace, methods: dict[str, Method], speculations: Sequence[Speculation], prompts: int
 ) -> dict[str, Any]:
+    first, *others = (_of_speculation(methods, speculation) for speculation in speculations)
     record = {
         **harness.head(__file__, args, *_SETTINGS),
         "tokens_per_second": {
@@ -412,53 +347,42 @@ def _record(
         "baseline_over": {
             name: ratio(methods["baseline"], method)
             for name, method in methods.items()
-            if name not in ("baseline", "speculative")
+            if name not in ("baseline", "speculative") and method.temperature == args.temperature
         },
-        **_speculative_record(args, methods, "speculative", decoders["speculative"], batches, curves),
-        "prompts": sum(map(len, batches)),
+        **first,
+        "prompts": prompts,
         "seconds": {name: method.seconds for name, method in methods.items()},
         "tokens": {name: method.tokens for name, method in methods.items()},
     }
-    if "speculative_compiled" in decoders:
-        decoder = decoders["speculative_compiled"]
-        record["compiled"] = {
-            "compile_seconds": decoder.verifier.compile_seconds,
-            **_speculative_record(args, methods, "speculative_compiled", decoder, batches, curves),
-        }
+    for speculation, figures in zip(speculations[1:], others, strict=True):
+        record[speculation.method.removeprefix("speculative_")] = figures
+    if "sampled" in record:
+        mine, greedy = record["sampled"]["speculative_over"]["baseline_sampled"], first["speculative_over"]["baseline"]
+        record["sampled"]["share_of_speedup"] = {name: mine[name] / greedy[name] for name in ("median", "total")}
     return record
 
 
-def _speculative_record(
-    args: argparse.Namespace,
-    methods: dict[str, Method],
-    name: str,
-    decoder: SpeculativeDecoder,
-    batches: list[Batch],
-    curves: Curves,
-) -> dict[str, Any]:
-    """Compare a speculative method with all others, and with the baseline of its kind."""
-    # Counters of one more pass, so that they are those of the texts at hand and not of the warm-up.
-    counted, stats = [], DecodingStats()
-    for batch in batches:
-        answer = Ours(decoder, args)
-        answer(batch)
-        counted.append(answer.stats)
-        stats.merge(answer.stats)
-    ours, own_baseline = methods[name], name.replace("speculative", "baseline")
-    rivals = {rival: ratio(ours, method) for rival, method in methods.items() if rival != name}
-    curve, figures = curves.middle(name), dict[str, Any]()
-    if curve is not None:
-        figures = efficiency(ours, methods[own_baseline], curve, counted, stats)
+def _of_speculation(methods: dict[str, Method], speculation: Speculation) -> dict[str, Any]:
+    """Compare a speculative method with all others of its temperature, and with the baseline of its kind."""
+    ours, baseline = methods[speculation.method], methods[speculation.baseline]
+    rivals = {
+        name: ratio(ours, method)
+        for name, method in methods.items()
+        if method is not ours and method.temperature == ours.temperature
+    }
+    stats, curve, decoders = total(ours), speculation.middle_curve(), speculation.decoders
     return {
+        "temperature": ours.temperature,
+        **({"compile_seconds": decoders.compile_seconds} if isinstance(decoders, CompiledDecoders) else {}),
         "speculative_over": rivals,
-        "beam": asdict(decoder.beam),
+        "beam": decoders.beam,
         "tau": stats.tau,
         "mean_tree_nodes": stats.mean_nodes,
         "phase_seconds": stats.phase_seconds,
-        **figures,
+        **({} if curve is None else efficiency(ours, baseline, curve)),
         "texts_equal_to_baseline": sum(
             a == b
-            for mine, other in zip(ours.texts, methods[own_baseline].texts, strict=True)
+            for mine, other in zip(ours.texts, baseline.texts, strict=True)
             for a, b in zip(mine, other, strict=True)
         ),
     }
@@ -478,14 +402,15 @@ def show(record: dict[str, Any]) -> str:
         for name, value in record["baseline_over"].items()
     ]
     lines += _lines_of(record, record["prompts"])
-    if "compiled" in record:
-        compiled = record["compiled"]
-        lines.append(f"compiled in {compiled['compile_seconds']:.0f} s:")
-        lines += [
-            f"compiled speculative over {name}: x{gain['median']:.2f} total x{gain['total']:.2f}"
-            for name, gain in compiled["speculative_over"].items()
-        ]
-        lines += _lines_of(compiled, record["prompts"])
+    for kind in ("compiled", "sampled"):
+        if kind in record:
+            part = record[kind]
+            lines.append(f"{kind}, temperature {part['temperature']:g}:")
+            lines += [
+                f"{kind} speculative over {name}: x{gain['median']:.2f} total x{gain['total']:.2f}"
+                for name, gain in part["speculative_over"].items()
+            ]
+            lines += _lines_of(part, record["prompts"])
     return "\n".join(lines)
 
 
@@ -495,6 +420,11 @@ def _lines_of(part: dict[str, Any], prompts: int) -> list[str]:
     if "efficiency" in part:
         figures = (part["ideal_speedup"], part["efficiency"], part["efficiency_total"])
         lines.append("ideal speed-up x{:.2f}, efficiency {:.2f}, of all tokens {:.2f}".format(*figures))
+    if "compile_seconds" in part:
+        lines.append(f"compiled in {part['compile_seconds']:.0f} s")
+    if "share_of_speedup" in part:
+        share = part["share_of_speedup"]
+        lines.append(f"{share['median']:.0%} of the speed-up of greedy text, of all tokens {share['total']:.0%}")
     return [*lines, f"{part['texts_equal_to_baseline']} of {prompts} texts equal the baseline's"]
 
 
@@ -526,6 +456,9 @@ def build_parser() -> cli.ArgumentParser:
         "--more_transformers",
         action="store_true",
         help="a bare model(...) loop and transformers' prompt lookup too; greedy, batch 1",
+    )
+    parser.add_argument(
+        "--sampled_too", type=float, metavar="T", help="our two decoders at temperature T too, in turn with the others"
     )
     parser.add_argument("--vllm_python", help="interpreter that has vLLM")
     parser.add_argument("--ngram", action="store_true", help="vLLM with its own n-gram drafts too")
