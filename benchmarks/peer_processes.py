@@ -39,8 +39,12 @@ class Worker:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
         )
-        if self._answer() != "ready":
-            raise ResourceError(f"{' '.join(command)} does not start: expected it to say that it is ready")
+        try:
+            if self._answer() != "ready":
+                raise ResourceError(f"{' '.join(command)} does not start: expected it to say that it is ready")
+        except ResourceError:
+            self.close()
+            raise
         self._signal(signal.SIGSTOP)
 
     def ask(self, *requests: dict[str, Any]) -> list[dict[str, Any]]:
@@ -67,9 +71,10 @@ class Worker:
 
     def close(self) -> None:
         """End the process and those it started."""
-        self._signal(signal.SIGCONT)
-        self._signal(signal.SIGTERM)
-        self._process.wait(timeout=60)
+        with self._process:  # closes the pipes
+            self._signal(signal.SIGCONT)
+            self._signal(signal.SIGTERM)
+            self._process.wait(timeout=60)
 
     def _answer(self) -> Any:
         assert self._process.stdout is not None

@@ -47,7 +47,7 @@ def measure(args: argparse.Namespace, rows: int, verifier: Verifier, prompts: li
     path = row_path(args, rows, args.epochs)
     if path.exists():
         return path
-    change = f"{BEST} --num_train_epochs {args.epochs:g} --max_train_samples {rows + HELD_OUT_ROWS}"
+    change = f"{BEST} {args.change} --num_train_epochs {args.epochs:g} --max_train_samples {rows + HELD_OUT_ROWS}"
     recipe = make_recipe(args, change)
     with tempfile.TemporaryDirectory() as scratch:
         seconds = train(args, recipe, Path(scratch) / "run")
@@ -147,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output_dir", type=Path, required=True, help="one JSON per size, and the curve")
     parser.add_argument("--sizes", type=float, nargs="+", default=[1 / 16, 1 / 8, 1 / 4, 1 / 2, 1], help="shares")
     parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--change", default="", help="further flags of every size's training")
     parser.add_argument("--trained", type=Path, help="a drafter trained on all rows, decoded beside the sizes")
     parser.add_argument("--prompts", type=int, default=80, help="MT-Bench first turns")
     parser.add_argument("--new_tokens", type=int, default=96)

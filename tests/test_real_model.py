@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 import harness
+import peers
 import recurrent_drafting
 from recurrent_drafting import (
     AutoregressiveDecoder,
@@ -96,3 +98,31 @@ def test_packaged_conversations_share_no_13_gram_with_mt_bench() -> None:
         assert all(row.input_ids[:20] == header for row in packed.rows)
         count += len(packed)
     assert count > 10_000
+
+
+def test_the_peers_benchmark_compares_all_our_decoders_in_one_run(tmp_path: Path) -> None:
+    drafter = Path(__file__).parent.parent / "models" / f"{BASE}-redrafter"
+    flags = [
+        "--prompts",
+        "2",
+        "--rounds",
+        "1",
+        "--new_tokens",
+        "16",
+        "--dtype",
+        "bf16",
+        "--compile",
+        "--sampled_too",
+        "1",
+    ]
+    output = tmp_path / "peers.json"
+    assert peers.main(["--speculator_path", str(drafter), *flags, "--output", str(output)]) == 0
+    record = json.loads(output.read_text())
+    pairs = {"baseline", "speculative", "baseline_compiled", "speculative_compiled"}
+    assert set(record["tokens"]) == pairs | {"baseline_sampled", "speculative_sampled", "transformers_generate"}
+    assert set(record["compiled"]["speculative_over"]) == pairs - {"speculative_compiled"} | {"transformers_generate"}
+    assert set(record["sampled"]["speculative_over"]) == {"baseline_sampled"}
+    for part in (record, record["compiled"], record["sampled"]):
+        assert 1 < part["tau"] < 17
+        assert 0 < part["efficiency"] < 2
+    assert record["compiled"]["compile_seconds"] > 0
