@@ -176,7 +176,7 @@ def make_methods(
     verifier: Verifier, args: argparse.Namespace, workers: dict[str, Worker]
 ) -> tuple[dict[str, Method], list[Speculation]]:
     """Build all methods by name, and say which of them speculate."""
-    eager = our_decoders(verifier, args)
+    eager = eager_decoders(verifier, args)
     methods, speculations = _pair(eager, "", args, args.temperature)
     pairs = []
     if args.sampled_too is not None:
@@ -189,7 +189,7 @@ def make_methods(
     return methods | _rivals(verifier, args, workers), speculations
 
 
-def our_decoders(verifier: Verifier, args: argparse.Namespace, **changes: int) -> OurDecoders:
+def eager_decoders(verifier: Verifier, args: argparse.Namespace, **changes: int) -> OurDecoders:
     """Return our decoders of this process; ``changes`` are of the drafter's beam."""
     options = {"batch_size": args.batch_size, "max_tree_nodes": args.max_tree_nodes, **changes}
     return OurDecoders(verifier, load_drafter(args.speculator_path), **options)
@@ -219,8 +219,8 @@ def _rivals(verifier: Verifier, args: argparse.Namespace, workers: dict[str, Wor
         runs[name] = _of_worker(workers[name], args)
     methods = {name: Method(run, args.temperature) for name, run in runs.items()}
     if args.variants:
-        alone = our_decoders(verifier, args, lookup_length=0, recycled_nodes=0)
-        recycling = our_decoders(verifier, args, recycled_nodes=_RECYCLED_NODES)
+        alone = eager_decoders(verifier, args, lookup_length=0, recycled_nodes=0)
+        recycling = eager_decoders(verifier, args, recycled_nodes=_RECYCLED_NODES)
         methods["drafter_alone"] = _method(alone, True, args, args.temperature)
         methods["recycling"] = _method(recycling, True, args, args.temperature)
     return methods

@@ -78,13 +78,12 @@ def decode_ways(args: argparse.Namespace, verifier: Verifier, prompts: list[list
     }
 
 
-def fit(records: list[dict[str, Any]], way: str) -> tuple[float, float]:
-    """Return intercept and slope of tau over log2 of the rows, by least squares over all sizes."""
+def slope_of(records: list[dict[str, Any]], way: str) -> float:
+    """Return the slope of tau over log2 of the rows, by least squares over all sizes."""
     points = [(math.log2(record["rows"]), record[way][NODES]["tau"]) for record in records]
     mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
     spread = sum((x - mean_x) ** 2 for x, _ in points)
-    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
-    return mean_y - slope * mean_x, slope
+    return sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
 
 
 def shares(record: dict[str, Any]) -> list[float]:
@@ -113,7 +112,7 @@ def show(every: list[dict[str, Any]], epochs: float) -> str:
 
 def gain_per_doubling(records: list[dict[str, Any]], way: str) -> str:
     """Return what a doubling of the rows brings, and what ten times of them would."""
-    slope = fit(records, way)[1]
+    slope = slope_of(records, way)
     before, last = records[-2:]
     tau = last[way][NODES]["tau"]
     recent = (tau - before[way][NODES]["tau"]) / math.log2(last["rows"] / before["rows"])
