@@ -123,19 +123,21 @@ def gain_per_doubling(records: list[dict[str, Any]], way: str) -> str:
 
 
 def plot(records: list[dict[str, Any]]) -> str:
-    """Draw tau over log2 of the rows as one HTML page."""
-    lines = [
-        plots.Line(
-            f"{way.replace('_', ' with ')}, {epochs:g} epochs",
-            [(math.log2(item["rows"]), item[way][NODES]["tau"]) for item in records if item["epochs"] == epochs],
-        )
-        for epochs in sorted({record["epochs"] for record in records})
-        for way, _, _ in WAYS
-    ]
-    drawing = plots.lines(lines, x_label="log2 of training rows")
-    title = f"tau on MT-Bench, {NODES} nodes"
-    figure = report.figure(title, drawing, records[-1]["command"], [line.name for line in lines])
-    return report.page("Tau against data and compute", [figure])
+    """Draw tau over log2 of the rows as one HTML page: the drafter alone, and with copies."""
+    figures = []
+    for drafts, ways in (("the drafter alone", WAYS[:2]), ("with copies", WAYS[2:])):
+        lines = [
+            plots.Line(
+                f"{'sampled' if temperature else 'greedy'}, {epochs:g} {'epoch' if epochs == 1 else 'epochs'}",
+                [(math.log2(item["rows"]), item[way][NODES]["tau"]) for item in records if item["epochs"] == epochs],
+            )
+            for epochs in sorted({record["epochs"] for record in records})
+            for way, _, temperature in ways
+        ]
+        drawing = plots.lines(lines, x_label="log2 of training rows")
+        title = f"tau on MT-Bench, {NODES} nodes, {drafts}"
+        figures.append(report.figure(title, drawing, records[0]["command"], [line.name for line in lines]))
+    return report.page("Tau against data and compute", figures)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,8 @@ DASH = "\u2013"
 COLOURS = 6
 _WIDTH = 360
 _BAR = 16
-_LETTER = 6.4  # width of a letter of the labels, at 12 pixels
+_LETTER = 6.9  # width of a letter of the labels, at 12 pixels
+_LABEL_ROOM = 156  # of the longest labels
 _VALUE_ROOM = 46
 
 
@@ -74,7 +75,7 @@ def bars(
         reference: where to draw a dashed line, or None.
         most: value of a bar of full length; default the greatest.
     """
-    left = min(max((len(label) for label in labels), default=0) * _LETTER + 8, 130)
+    left = min(max((len(label) for label in labels), default=0) * _LETTER + 8, _LABEL_ROOM)
     scale = (_WIDTH - left - _VALUE_ROOM) / (most or _largest(series, reference))
     group = len(series) * _BAR + 8
     height = len(labels) * group + 4
