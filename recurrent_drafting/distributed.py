@@ -84,7 +84,7 @@ def gather(training: TrainingArguments, value: T) -> list[T]:
 
 @contextmanager
 def one_voice(training: TrainingArguments) -> Iterator[None]:
-    """Silence the output of all ranks but the first, and name the reason when another rank is lost.
+    """Silence the output of all ranks but the first, name the reason when another rank is lost, end the group.
 
     Raises:
         ResourceError: another process ended; its own message says why.
@@ -102,6 +102,9 @@ def one_voice(training: TrainingArguments) -> Iterator[None]:
                 f"rank {training.process_index} lost another of the {training.world_size} processes "
                 f"({first_line(error)}); the message of that process says why; start all of them again"
             ) from error
+        if training.world_size > 1 and torch.distributed.is_initialized():
+            # Threads of the group that still run when Python ends can abort a process whose work is done.
+            torch.distributed.destroy_process_group()
 
 
 def _is_loss(error: RuntimeError) -> bool:
