@@ -107,6 +107,9 @@ def _add_data(parser: cli.ArgumentParser) -> None:
     group.add_argument("--max_train_samples", type=int)
     group.add_argument("--max_eval_samples", type=int, default=DataSettings.max_eval_samples)
     group.add_argument(
+        "--greedy_share", type=float, help="with --dataset_name self: share of greedy replies (default: as they come)"
+    )
+    group.add_argument(
         "--train_on_assistant_only",
         action=argparse.BooleanOptionalAction,
         default=DataSettings.train_on_assistant_only,

@@ -50,8 +50,9 @@ def measure(args: argparse.Namespace, rows: int, verifier: Verifier, prompts: li
     change = f"{BEST} {args.change} --num_train_epochs {args.epochs:g} --max_train_samples {rows + HELD_OUT_ROWS}"
     recipe = make_recipe(args, change)
     with tempfile.TemporaryDirectory() as scratch:
-        seconds = train(args, recipe, Path(scratch) / "run")
-        taus = decode_ways(args, verifier, prompts, Path(scratch) / "run")
+        drafter = (args.drafters_dir or Path(scratch)) / path.stem
+        seconds = train(args, recipe, drafter)
+        taus = decode_ways(args, verifier, prompts, drafter)
     figures = {"rows": rows, "epochs": args.epochs, "training_seconds": round(seconds, 1)}
     write_row(args, recipe, {**figures, "prompts": len(prompts), **taus}, path)
     return path
@@ -149,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sizes", type=float, nargs="+", default=[1 / 16, 1 / 8, 1 / 4, 1 / 2, 1], help="shares")
     parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--change", default="", help="further flags of every size's training")
+    parser.add_argument("--drafters_dir", type=Path, help="keep the drafter of each size here (default: drop them)")
     parser.add_argument("--trained", type=Path, help="a drafter trained on all rows, decoded beside the sizes")
     parser.add_argument("--prompts", type=int, default=80, help="MT-Bench first turns")
     parser.add_argument("--new_tokens", type=int, default=96)

@@ -184,9 +184,11 @@ def _decoded(prompts: Sequence[Sequence[int]], max_length: int) -> int:
     return sum((max_length - batch[0]) * len(batch) for batch in batches)
 
 
-def self_written(verifier: Verifier, tokenizer: Any, num_rows: int | None) -> ExpectedData:
-    """Expect the packaged self-written rows, or as many as the base will write."""
-    packaged = packaged_rows(verifier)
+def self_written(
+    verifier: Verifier, tokenizer: Any, num_rows: int | None, greedy_share: float | None = None
+) -> ExpectedData:
+    """Expect the packaged self-written rows, or as many as the base will write; see ``self_data.self_rows``."""
+    packaged = packaged_rows(verifier, greedy_share)
     if packaged is not None:
         rows = packaged[:num_rows]
         return ExpectedData(_sample(rows), len(rows))

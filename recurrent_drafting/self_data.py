@@ -322,7 +322,9 @@ def pack(rows: Sequence[EncodedRow], report: SelfDataReport, path: Path, setting
     token_rows.save_packed(rows, path, metadata)
 
 
-def self_rows(verifier: Verifier, tokenizer: Any, directory: Path, num_rows: int | None) -> list[EncodedRow]:
+def self_rows(
+    verifier: Verifier, tokenizer: Any, directory: Path, num_rows: int | None, greedy_share: float | None = None
+) -> list[EncodedRow]:
     """Return self-written rows: the packaged set where it is this base's own, else newly written ones.
 
     Args:
@@ -330,23 +332,70 @@ def self_rows(verifier: Verifier, tokenizer: Any, directory: Path, num_rows: int
         tokenizer: the base's.
         directory: chunks are kept in its folder ``SELF_DATA``, and found there again.
         num_rows: prompts to write where none are packaged; default ``SELF_ROWS``.
+        greedy_share: share of greedy replies among the rows; default all that are packaged, else that of
+            ``SelfDataConfig``.
+
+    Raises:
+        DataError: the packaged set has no rows of such a share.
     """
-    if (packaged := packaged_rows(verifier)) is not None:
+    if (packaged := packaged_rows(verifier, greedy_share)) is not None:
         return packaged
-    config = SelfDataConfig(num_rows=num_rows or SELF_ROWS)
+    share = SelfDataConfig.greedy_share if greedy_share is None else greedy_share
+    config = SelfDataConfig(num_rows=num_rows or SELF_ROWS, greedy_share=share)
     writer = SelfData(TransformersEngine(verifier), tokenizer, config, verifier.name_or_path)
     writer.write(directory / SELF_DATA)
     return load_rows(directory / SELF_DATA, tokenizer)[0]
 
 
-def packaged_rows(verifier: Verifier) -> list[EncodedRow] | None:
-    """Return the packaged self-written rows of this very base, all parts of them; None if there are none."""
+def packaged_rows(verifier: Verifier, greedy_share: float | None = None) -> list[EncodedRow] | None:
+    """Return the packaged self-written rows of this very base, all parts of them; None if there are none.
+
+    Args:
+        verifier: the base.
+        greedy_share: see ``with_greedy_share``; default all rows.
+
+    Raises:
+        DataError: there are rows, but none of such a share.
+    """
     rows: list[EncodedRow] = []
     for path in sorted((Path(__file__).parent / "data").glob("*-self*.safetensors")):
         packed, metadata = token_rows.load_packed(path)
         if verifier.fingerprint is not None and metadata.get("fingerprint") == verifier.fingerprint:
             rows += packed.rows
+    if rows and greedy_share is not None:
+        return with_greedy_share(rows, greedy_share)
     return rows or None
+
+
+def with_greedy_share(rows: Sequence[EncodedRow], share: float) -> list[EncodedRow]:
+    """Leave rows out of whichever kind there are too many of, evenly, until a share of them has greedy replies.
+
+    >>> rows = [EncodedRow([1], [True], greedy=index % 4 > 0) for index in range(8)]
+    >>> [row.greedy for row in with_greedy_share(rows, 0.5)]
+    [False, True, False, True]
+
+    Args:
+        rows: with ``greedy`` known.
+        share: in [0, 1].
+
+    Raises:
+        DataError: nothing remains.
+    """
+    kinds = [[i for i, row in enumerate(rows) if bool(row.greedy) is greedy] for greedy in (True, False)]
+    shares = (share, 1 - share)
+    total = min(len(kind) / part for kind, part in zip(kinds, shares, strict=True) if part)
+    kept = {i for kind, part in zip(kinds, shares, strict=True) for i in _spread(kind, round(total * part))}
+    if not kept:
+        raise DataError(
+            f"self-written rows with a share of {share:g} greedy replies: expected some, got none of "
+            f"{len(kinds[0])} greedy and {len(kinds[1])} sampled ones; give another --greedy_share"
+        )
+    return [row for i, row in enumerate(rows) if i in kept]
+
+
+def _spread(items: Sequence[int], count: int) -> list[int]:
+    """Return so many of the items, spread over all."""
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 # Files

@@ -41,6 +41,8 @@ class DataSettings:
         model_max_length: tokens; longer rows are cut.
         max_train_samples: rows that are taken, None for all.
         max_eval_samples: rows of them that are held out, at most.
+        greedy_share: share of greedy replies among rows that the base wrote, None as they come; see
+            ``self_data.self_rows``.
         train_on_assistant_only: supervise replies alone.
         skip_bad_rows: leave malformed rows out and count them instead of stopping.
         yes: let the base write replies, however long that takes.
@@ -60,6 +62,7 @@ class DataSettings:
     model_max_length: int = 512
     max_train_samples: int | None = None
     max_eval_samples: int = 64
+    greedy_share: float | None = None
     train_on_assistant_only: bool = True
     skip_bad_rows: bool = False
     yes: bool = False
@@ -72,6 +75,15 @@ class DataSettings:
         cli.require_least(self, _LEAST)
         if not 0 <= self.distill_temperature < math.inf:
             raise UsageError(f"--distill_temperature must be >= 0 and finite, got {self.distill_temperature}")
+        if self.greedy_share is None:
+            return
+        if not 0 <= self.greedy_share <= 1:
+            raise UsageError(f"--greedy_share must be in [0, 1], got {self.greedy_share}")
+        if self.dataset_name != _SELF:
+            raise UsageError(
+                f"--greedy_share tells greedy from sampled replies of --dataset_name {_SELF}, got --dataset_name "
+                f"{self.dataset_name}: leave it out"
+            )
 
     def require_depths(self, depths: int) -> None:
         """Refuse continuations that are shorter than what is predicted.
@@ -169,7 +181,9 @@ class TrainingData:
         settings = self.settings
         if settings.dataset_name == _SELF:
             self._require_consent(self._expected(), "or --dataset_name with replies of your own")
-            return self_data.self_rows(self.verifier, self.tokenizer, directory, settings.max_train_samples)
+            return self_data.self_rows(
+                self.verifier, self.tokenizer, directory, settings.max_train_samples, settings.greedy_share
+            )
         conversations, report = self._conversations()
         self.say(f"data: {report.read} conversations from {settings.dataset_name}, left out {report.skipped or 'none'}")
         if settings.targets == "regenerated":
@@ -235,7 +249,9 @@ class TrainingData:
     def _expected(self) -> ExpectedData:
         settings = self.settings
         if settings.dataset_name == _SELF:
-            return estimate.self_written(self.verifier, self.tokenizer, settings.max_train_samples)
+            return estimate.self_written(
+                self.verifier, self.tokenizer, settings.max_train_samples, settings.greedy_share
+            )
         conversations, _ = self._conversations()
         if settings.targets == "regenerated":
             return estimate.written_replies(conversations, self.tokenizer, **settings.reply_limits())

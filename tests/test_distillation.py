@@ -407,6 +407,36 @@ def test_self_rows_prefers_the_packaged_set_of_the_same_base(tmp_path: Path, mon
     assert not (tmp_path / "unused").exists()
 
 
+@pytest.mark.usefixtures("short_prompts")
+def test_self_rows_of_a_greedy_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verifier, tokenizer = make_verifier(), make_tokenizer()
+    verifier.fingerprint = "abc"
+    monkeypatch.setattr(self_data, "__file__", str(tmp_path / "package" / "self_data.py"))
+    written = self_data.self_rows(verifier, tokenizer, tmp_path / "run", 24, greedy_share=0.0)
+    assert written and not any(row.greedy for row in written)
+    packaged = tmp_path / "package" / "data" / "tiny-self.safetensors"
+    token_rows.save_packed(written, packaged, {"fingerprint": "abc"})
+    assert self_data.self_rows(verifier, tokenizer, tmp_path / "unused", None, greedy_share=0.0) == written
+    with pytest.raises(DataError, match="give another --greedy_share"):
+        self_data.self_rows(verifier, tokenizer, tmp_path / "unused", None, greedy_share=1.0)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.7, 1.0])
+@pytest.mark.parametrize("greedy", [40, 7, 20])
+def test_with_greedy_share_keeps_the_most_rows_in_order(share: float, greedy: int) -> None:
+    kinds = [index * greedy // 60 != (index + 1) * greedy // 60 for index in range(60)]
+    rows = [token_rows.EncodedRow([index], [True], greedy=kind) for index, kind in enumerate(kinds)]
+    found = self_data.with_greedy_share(rows, share)
+    kept = [row.input_ids[0] for row in found]
+    assert kept == sorted(set(kept))
+    counts = [sum(bool(row.greedy) is kind for row in found) for kind in (True, False)]
+    assert abs(counts[0] - share * len(found)) <= 0.5 + share
+    # One kind is used up, and what is left of the other comes from all parts of the set.
+    assert counts[0] == greedy or counts[1] == 60 - greedy
+    assert kept[0] < 12 and kept[-1] >= 48
+    assert share not in {0.0, 1.0} or counts[share == 1.0] == 0
+
+
 def test_regenerate_answers_every_user_turn_with_the_verifiers_own_text() -> None:
     verifier, tokenizer = make_verifier(), make_tokenizer()
     conversations = [
