@@ -148,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--hidden_state_cache", type=Path, required=True, help="one for all; each size adds its states")
     parser.add_argument("--output_dir", type=Path, required=True, help="one JSON per size, and the curve")
     parser.add_argument("--sizes", type=float, nargs="+", default=[1 / 16, 1 / 8, 1 / 4, 1 / 2, 1], help="shares")
+    parser.add_argument("--total_rows", type=int, help="what the shares are of: the first so many packaged rows (all)")
     parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--change", default="", help="further flags of every size's training")
     parser.add_argument("--drafters_dir", type=Path, help="keep the drafter of each size here (default: drop them)")
@@ -160,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     verifier, tokenizer = Verifier.from_pretrained(args.base_model, "bf16"), data.load_tokenizer(args.base_model)
     prompts = harness.mt_bench_prompts(args.base_model, args.prompts)
-    total = len(self_data.self_rows(verifier, tokenizer, Path(), None)) - HELD_OUT_ROWS
+    total = len(self_data.self_rows(verifier, tokenizer, Path(), None)[: args.total_rows]) - HELD_OUT_ROWS
     for share in sorted(args.sizes):
         print(measure(args, round(share * total), verifier, prompts), flush=True)
     if args.trained:
