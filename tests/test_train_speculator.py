@@ -141,9 +141,11 @@ def test_self_written_data_needs_no_file(base: str, capsys: pytest.CaptureFixtur
     tensors = load_file(ending / "model.safetensors")
     tensors["lm_head.weight"][1] *= 10
     save_file(tensors, ending / "model.safetensors", {"format": "pt"})
-    assert run(str(ending), "self", "--max_train_samples", "8", "--per_device_train_batch_size", "1") == 0
+    asked = ("--max_train_samples", "8", "--greedy_share", "0", "--per_device_train_batch_size", "1")
+    assert run(str(ending), "self", *asked) == 0
     chunk = json.loads(Path("out/self_data/chunk-00000.json").read_text())
     assert len(chunk["rows"]) + sum(chunk["rejected"].values()) == 8
+    assert not any(row["greedy"] for row in chunk["rows"])
     kept = [int(count) for count in re.findall(r"(\d+) (?:training|evaluation) rows", capsys.readouterr().out)]
     assert 2 <= sum(kept) <= len(chunk["rows"])
     load_drafter("out")
