@@ -370,6 +370,8 @@ def packaged_rows(verifier: Verifier, greedy_share: float | None = None) -> list
 def with_greedy_share(rows: Sequence[EncodedRow], share: float) -> list[EncodedRow]:
     """Leave rows out of whichever kind there are too many of, evenly, until a share of them has greedy replies.
 
+    Each kind keeps its order, and the kinds are mixed so that the first rows have that share too.
+
     >>> rows = [EncodedRow([1], [True], greedy=index % 4 > 0) for index in range(8)]
     >>> [row.greedy for row in with_greedy_share(rows, 0.5)]
     [False, True, False, True]
@@ -384,13 +386,14 @@ def with_greedy_share(rows: Sequence[EncodedRow], share: float) -> list[EncodedR
     kinds = [[i for i, row in enumerate(rows) if bool(row.greedy) is greedy] for greedy in (True, False)]
     shares = (share, 1 - share)
     total = min(len(kind) / part for kind, part in zip(kinds, shares, strict=True) if part)
-    kept = {i for kind, part in zip(kinds, shares, strict=True) for i in _spread(kind, round(total * part))}
+    spread = [_spread(kind, round(total * part)) for kind, part in zip(kinds, shares, strict=True)]
+    kept = sorted(((place + 0.5) / len(kind), i) for kind in spread for place, i in enumerate(kind))
     if not kept:
         raise DataError(
             f"self-written rows with a share of {share:g} greedy replies: expected some, got none of "
             f"{len(kinds[0])} greedy and {len(kinds[1])} sampled ones; give another --greedy_share"
         )
-    return [row for i, row in enumerate(rows) if i in kept]
+    return [rows[i] for _, i in kept]
 
 
 def _spread(items: Sequence[int], count: int) -> list[int]:

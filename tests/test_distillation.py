@@ -423,18 +423,19 @@ def test_self_rows_of_a_greedy_share(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.7, 1.0])
 @pytest.mark.parametrize("greedy", [40, 7, 20])
-def test_with_greedy_share_keeps_the_most_rows_in_order(share: float, greedy: int) -> None:
+def test_with_greedy_share_keeps_the_most_rows_and_mixes_the_kinds(share: float, greedy: int) -> None:
     kinds = [index * greedy // 60 != (index + 1) * greedy // 60 for index in range(60)]
     rows = [token_rows.EncodedRow([index], [True], greedy=kind) for index, kind in enumerate(kinds)]
     found = self_data.with_greedy_share(rows, share)
-    kept = [row.input_ids[0] for row in found]
-    assert kept == sorted(set(kept))
-    counts = [sum(bool(row.greedy) is kind for row in found) for kind in (True, False)]
-    assert abs(counts[0] - share * len(found)) <= 0.5 + share
+    kept = {kind: [row.input_ids[0] for row in found if row.greedy is kind] for kind in (True, False)}
+    for kind, places in kept.items():
+        assert places == sorted(set(places)) and all(kinds[place] is kind for place in places)
     # One kind is used up, and what is left of the other comes from all parts of the set.
-    assert counts[0] == greedy or counts[1] == 60 - greedy
-    assert kept[0] < 12 and kept[-1] >= 48
-    assert share not in {0.0, 1.0} or counts[share == 1.0] == 0
+    assert len(kept[True]) == greedy or len(kept[False]) == 60 - greedy
+    places = sorted(kept[True] + kept[False])
+    assert places[0] < 12 and places[-1] >= 48
+    for count in range(1, len(found) + 1):
+        assert abs(sum(bool(row.greedy) for row in found[:count]) - share * count) <= 1 + share
 
 
 def test_regenerate_answers_every_user_turn_with_the_verifiers_own_text() -> None:
