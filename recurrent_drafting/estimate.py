@@ -21,7 +21,7 @@ from recurrent_drafting.decoding import AutoregressiveDecoder
 from recurrent_drafting.engines import REPLY_BATCH
 from recurrent_drafting.errors import DataError, UsageError
 from recurrent_drafting.regeneration import Dialogue, answerable, given_reply
-from recurrent_drafting.self_data import SELF_ROWS, SelfDataConfig, packaged_rows, user_header
+from recurrent_drafting.self_data import SELF_ROWS, SelfDataConfig, packaged_rows, spread, user_header
 from recurrent_drafting.sources import Conversation
 from recurrent_drafting.token_rows import EncodedRow
 from recurrent_drafting.trainer import DrafterTrainer
@@ -204,8 +204,7 @@ def _filled(prompt: list[int], length: int) -> EncodedRow:
 
 
 def _sample(items: Sequence[T]) -> list[T]:
-    step = max(len(items) / _SAMPLE, 1)
-    return [items[int(index * step)] for index in range(min(len(items), _SAMPLE))]
+    return spread(items, min(len(items), _SAMPLE))
 
 
 def writing_seconds(verifier: Verifier, expected: ExpectedData) -> float:

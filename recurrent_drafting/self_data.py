@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -24,6 +24,8 @@ from recurrent_drafting.errors import DataError, ResourceError, UsageError
 from recurrent_drafting.sources import ReadReport
 from recurrent_drafting.token_rows import EncodedRow
 from recurrent_drafting.verifier import Verifier
+
+T = TypeVar("T")
 
 # First words that spread the prompts over kinds of task; the model writes all that follows. The
 # empty ones leave it the whole turn.
@@ -386,8 +388,8 @@ def with_greedy_share(rows: Sequence[EncodedRow], share: float) -> list[EncodedR
     kinds = [[i for i, row in enumerate(rows) if bool(row.greedy) is greedy] for greedy in (True, False)]
     shares = (share, 1 - share)
     total = min(len(kind) / part for kind, part in zip(kinds, shares, strict=True) if part)
-    spread = [_spread(kind, round(total * part)) for kind, part in zip(kinds, shares, strict=True)]
-    kept = sorted(((place + 0.5) / len(kind), i) for kind in spread for place, i in enumerate(kind))
+    chosen = [spread(kind, round(total * part)) for kind, part in zip(kinds, shares, strict=True)]
+    kept = sorted(((place + 0.5) / len(kind), i) for kind in chosen for place, i in enumerate(kind))
     if not kept:
         raise DataError(
             f"self-written rows with a share of {share:g} greedy replies: expected some, got none of "
@@ -396,8 +398,8 @@ def with_greedy_share(rows: Sequence[EncodedRow], share: float) -> list[EncodedR
     return [rows[i] for _, i in kept]
 
 
-def _spread(items: Sequence[int], count: int) -> list[int]:
-    """Return so many of the items, spread over all."""
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """Return so many of the items, spread over all; at most as many as there are."""
     return [items[i * len(items) // count] for i in range(count)]
 
 
