@@ -60,6 +60,7 @@ CHANGES = {
     "equal-depth-weights": "--depth_decay 1",
     "learning-rate-1e-3": "--learning_rate 1e-3",
     "learning-rate-4e-3": "--learning_rate 4e-3",
+    "muon": "--drafter_predict_n_tokens 3 --muon",
     "batch-8": "--per_device_train_batch_size 8",
     "no-recurrence": "--no-rnn",
 }

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from recurrent_drafting import cli, data, prompt_files, result_files
+from recurrent_drafting import cli, data, manifest, prompt_files, result_files
 from recurrent_drafting.assets import DEFAULT_BASE
+from recurrent_drafting.checkpoint import WEIGHTS
 
 
 def build_parser(description: str | None, *, drafter: bool = True, **defaults: str | float) -> cli.ArgumentParser:
@@ -48,12 +49,22 @@ def command(script: str, args: argparse.Namespace, *flags: str) -> str:
 
 
 def head(script: str, args: argparse.Namespace, *flags: str) -> dict[str, Any]:
-    """Return how a record begins: its ``command``, the base and the machine."""
+    """Return how a record begins: its ``command``, the base, the drafter where there is one, and the machine."""
+    drafter = getattr(args, "speculator_path", None)
     return {
         "command": command(script, args, *flags),
         "base_model": args.base_model,
+        **({} if drafter is None else {"drafter": drafter_named(drafter)}),
         "machine": result_files.machine(),
     }
+
+
+def drafter_named(name: str) -> dict[str, str]:
+    """Return which drafter a record is of: the last part of its path, and the hash of its weights, or its hub id."""
+    path = cli.user_path(name)
+    weights = path / WEIGHTS
+    found = {"name": path.resolve().name if path.is_dir() else name}
+    return found | {"weights_sha256": manifest.sha256(weights)} if weights.is_file() else found
 
 
 def mt_bench_prompts(base_model: str, count: int | None, most_tokens: int = 0) -> list[list[int]]:

@@ -26,6 +26,7 @@ from recurrent_drafting.draft_tree import DraftTree
 from recurrent_drafting.drafter import Drafter
 from recurrent_drafting.errors import DataError, NumericsError, UsageError
 from recurrent_drafting.metrics import DecodingStats, MeanMetrics
+from recurrent_drafting.muon import MuonWithAdamW
 from recurrent_drafting.resumable_trainer import ResumableTrainer
 from recurrent_drafting.token_rows import TokenDataset
 from recurrent_drafting.verifier import Verifier
@@ -42,6 +43,8 @@ DECISIVE = (
     "adam_beta2", "adam_epsilon", "max_grad_norm", "seed", "data_seed", "bf16", "fp16", "train_sampling_strategy",
     "dataloader_drop_last", "average_tokens_across_devices",
 )  # fmt: skip
+# Muon's companion is torch's AdamW, whichever of its implementations.
+_WITH_MUON = ("adamw_torch", "adamw_torch_fused")
 _REPORTS = ("drafter_top_k", "use_wandb", "wandb_project", "wandb_run_name")
 
 
@@ -60,6 +63,7 @@ class TrainingArguments(transformers.TrainingArguments):
         kd_alpha: share of KL beside cross-entropy, unless the objective is ce.
         kd_temperature: divisor of the verifier's logits in the KL target.
         depth_decay: weight of depth k is ``depth_decay ** (k - 1)``.
+        muon: Muon steps the matrices of recurrence, projection and blocks, AdamW (``optim``) only head and biases.
         use_wandb: report to Weights & Biases.
         wandb_project: its project; default ``WANDB_PROJECT``.
         wandb_run_name: name of the run there; the same as ``run_name``.
@@ -82,6 +86,7 @@ class TrainingArguments(transformers.TrainingArguments):
     kd_alpha: float = field(default=1.0)
     kd_temperature: float = field(default=1.0)
     depth_decay: float = field(default=0.9)
+    muon: bool = field(default=False)
     use_wandb: bool = field(default=False)
     wandb_project: str | None = field(default=None)
     wandb_run_name: str | None = field(default=None)
@@ -110,6 +115,8 @@ class TrainingArguments(transformers.TrainingArguments):
         for name in ("kd_temperature", "depth_decay", "drafter_predict_n_tokens", "drafter_top_k"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"{name} must be > 0 and finite, got {getattr(self, name)}")
+        if self.muon and self.optim not in _WITH_MUON:
+            raise UsageError(f"muon goes with optim {' or '.join(_WITH_MUON)}, got {self.optim}: drop one of the two")
         if not 0 <= self.learning_rate < math.inf:
             raise UsageError(f"learning_rate must be >= 0 and finite, got {self.learning_rate}")
         least = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
@@ -341,6 +348,18 @@ class DrafterTrainer(ResumableTrainer):
         for item in every[1:]:
             every[0].merge(item)
         return every[0]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Return the optimizer, made at the first call: Muon beside AdamW where the arguments ask for it."""
+        if self.args.muon and self.optimizer is None:
+            self.optimizer = MuonWithAdamW(
+                self.drafter if model is None else model,
+                self.args.learning_rate,
+                self.args.weight_decay,
+                (self.args.adam_beta1, self.args.adam_beta2),
+                self.args.adam_epsilon,
+            )
+        return super().create_optimizer(model)
 
     def run_record(self) -> dict[str, Any]:
         """Return what the manifests of this run's checkpoints say about it."""

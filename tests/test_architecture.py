@@ -65,6 +65,7 @@ ORDER = (
     "file_lock",
     "run_guard",
     "resumable_trainer",
+    "muon",
     "trainer",
     "train_serve",
     "estimate",

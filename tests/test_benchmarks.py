@@ -54,6 +54,22 @@ def test_a_record_and_its_plot_go_where_output_says(tmp_path: Path) -> None:
     assert not (tmp_path / "alone.html").exists()
 
 
+def test_a_record_names_the_drafter_and_no_directory_above_it(tmp_path: Path) -> None:
+    weights = tmp_path / "mine" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"weights")
+    digest = "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c"
+
+    def drafter_of(name: str) -> dict[str, str]:
+        args = argparse.Namespace(base_model="b", speculator_path=name)
+        found: dict[str, str] = harness.head("x.py", args)["drafter"]
+        return found
+
+    assert drafter_of(str(weights.parent)) == {"name": "mine", "weights_sha256": digest}
+    assert drafter_of(f"{weights.parent}/.") == drafter_of(str(weights.parent))
+    assert drafter_of("someone/theirs") == {"name": "someone/theirs"}
+
+
 @pytest.mark.parametrize("flag", ["--vllm_python", "--llama_python", "--gguf"])
 def test_a_peer_that_is_not_there_is_named_before_anything_is_measured(flag: str, tmp_path: Path) -> None:
     peers = importlib.import_module("peers")

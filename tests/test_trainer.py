@@ -428,10 +428,14 @@ def training_state(checkpoint: Path) -> dict[str, Any]:
     return {**state, **{name: record[name] for name in ("global_step", "epoch", "best_global_step")}}
 
 
-@pytest.mark.parametrize("times", [pytest.param(1, marks=pytest.mark.slow), 2], ids=["plain", "accumulated"])
-def test_resuming_from_any_step_gives_the_same_bits(verifier: Verifier, tmp_path: Path, times: int) -> None:
+@pytest.mark.parametrize(
+    ("times", "muon"),
+    [pytest.param(1, False, marks=pytest.mark.slow), (2, False), (2, True)],
+    ids=["plain", "accumulated", "muon"],
+)
+def test_resuming_from_any_step_gives_the_same_bits(verifier: Verifier, tmp_path: Path, times: int, muon: bool) -> None:
     """An epoch is five (accumulated: three) steps: checkpoints lie within one and at its end."""
-    settings = {**SAVING, "max_steps": 7, "weight_decay": 0.1, "gradient_accumulation_steps": times}
+    settings = {**SAVING, "max_steps": 7, "weight_decay": 0.1, "gradient_accumulation_steps": times, "muon": muon}
     drafter = make_drafter(verifier, draft_vocab_size=40)
     make_trainer(drafter, verifier, arguments(tmp_path / "whole", **settings), uneven_rows(10)).train()
     last = training_state(tmp_path / "whole" / "checkpoint-7")
@@ -793,9 +797,10 @@ def test_the_defaults_that_training_rests_on(tmp_path: Path) -> None:
         ({"depth_decay": math.nan}, "depth_decay must be > 0"),
         ({"drafter_predict_n_tokens": 0}, "drafter_predict_n_tokens must be > 0"),
         ({"drafter_top_k": -1}, "drafter_top_k must be > 0"),
+        ({"muon": True, "optim": "sgd"}, "muon goes with optim adamw_torch or adamw_torch_fused, got sgd"),
     ],
 )
-def test_arguments_out_of_range_are_usage_errors(tmp_path: Path, settings: dict[str, Any], expected: str) -> None:
+def test_arguments_that_cannot_be_are_usage_errors(tmp_path: Path, settings: dict[str, Any], expected: str) -> None:
     with pytest.raises(UsageError, match=expected):
         TrainingArguments(output_dir=str(tmp_path), **settings)
 
