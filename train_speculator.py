@@ -43,7 +43,7 @@ def build_parser() -> cli.ArgumentParser:
     run.add_argument("--quick", action="store_true", help="small real run on the packaged base, then a measurement")
     run.add_argument("--llm_name_or_path", default="gpt2", help="base model: hub id, local path or packaged name")
     run.add_argument("--drafter_name_or_path", help="drafter to start from or to evaluate")
-    run.add_argument("--phase", choices=("train", "eval"), default="train")
+    run.add_argument("--phase", choices=("train", "eval"), default="train", help="eval measures a named drafter")
     run.add_argument("--revision", help="hub revision of the base")
     run.add_argument("--trust_remote_code", action="store_true", help="let the base run its own Python code")
     run.add_argument("--overwrite_output_dir", action="store_true", help="write into a directory that is not empty")
@@ -73,9 +73,15 @@ def _add_drafter(parser: cli.ArgumentParser) -> None:
         default=DrafterSettings.draft_vocab_size,
         help="tokens that may be drafted; 0 = all, or auto",
     )
-    group.add_argument("--rnn", action=argparse.BooleanOptionalAction, default=DrafterSettings.rnn)
-    group.add_argument("--beam_width", type=int, default=DrafterSettings.beam_width)
-    group.add_argument("--beam_length", type=int, default=DrafterSettings.beam_length)
+    group.add_argument(
+        "--rnn",
+        action=argparse.BooleanOptionalAction,
+        default=DrafterSettings.rnn,
+        help="the state is recurrent; without, it is a sum of embeddings",
+    )
+    for name, text in (("width", "continuations kept at each depth"), ("length", "depths that decoding drafts")):
+        default = getattr(DrafterSettings, f"beam_{name}")
+        group.add_argument(f"--beam_{name}", type=int, default=default, help=f"{text}; saved as the drafter's default")
     group.add_argument(
         "--lookup_length",
         type=int,
@@ -104,8 +110,10 @@ def _add_data(parser: cli.ArgumentParser) -> None:
     group.add_argument(
         "--model_max_length", type=int, default=DataSettings.model_max_length, help="tokens; longer rows are cut"
     )
-    group.add_argument("--max_train_samples", type=int)
-    group.add_argument("--max_eval_samples", type=int, default=DataSettings.max_eval_samples)
+    group.add_argument("--max_train_samples", type=int, help="rows that are taken, the first ones (default: all)")
+    group.add_argument(
+        "--max_eval_samples", type=int, default=DataSettings.max_eval_samples, help="rows of these that are held out"
+    )
     group.add_argument(
         "--greedy_share", type=float, help="with --dataset_name self: share of greedy replies (default: as they come)"
     )
@@ -113,6 +121,7 @@ def _add_data(parser: cli.ArgumentParser) -> None:
         "--train_on_assistant_only",
         action=argparse.BooleanOptionalAction,
         default=DataSettings.train_on_assistant_only,
+        help="supervise replies alone, not prompts",
     )
     group.add_argument("--hidden_state_cache", metavar="DIR", help="store the base's states once, reuse them")
     group.add_argument("--rebuild_cache", action="store_true", help="compute damaged shards of that cache anew")
@@ -126,7 +135,12 @@ def _add_targets(parser: cli.ArgumentParser) -> None:
 
     group = parser.add_argument_group("targets and objective")
     targets = group.add_mutually_exclusive_group()
-    targets.add_argument("--targets", choices=TARGETS, default=DataSettings.targets)
+    targets.add_argument(
+        "--targets",
+        choices=TARGETS,
+        default=DataSettings.targets,
+        help="the data's own replies, replies that the base writes anew, or its continuations of every position",
+    )
     targets.add_argument(
         "--use_distilled_dataset",
         action="store_const",
@@ -135,7 +149,12 @@ def _add_targets(parser: cli.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="the same as --targets distilled",
     )
-    group.add_argument("--distill_num_future_tokens", type=int, default=DataSettings.distill_num_future_tokens)
+    group.add_argument(
+        "--distill_num_future_tokens",
+        type=int,
+        default=DataSettings.distill_num_future_tokens,
+        help="length of these continuations",
+    )
     group.add_argument(
         "--distill_temperature", type=float, default=DataSettings.distill_temperature, help="0 is greedy"
     )

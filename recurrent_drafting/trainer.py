@@ -48,48 +48,45 @@ _WITH_MUON = ("adamw_torch", "adamw_torch_fused")
 _REPORTS = ("drafter_top_k", "use_wandb", "wandb_project", "wandb_run_name")
 
 
+def _flag(default: Any, text: str) -> Any:
+    """Return a field whose description ``--help`` shows."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
-    """Every Hugging Face training argument, and the drafter's own.
+    """Every Hugging Face training argument, some with another default, and the drafter's own."""
 
-    Args:
-        drafter_predict_n_tokens: depths K that are trained.
-        drafter_num_layers: residual blocks of a drafter that is made new.
-        drafter_top_k: accuracies are reported for top-1 and top-k.
-        objective: "kl" (the verifier's distribution), "ce" (the text's own tokens) or "expected_length"
-            (of the chain along the text that is accepted).
-        expected_length_share: share of the expected length when that is the objective; KL and
-            cross-entropy have the rest. It has no depth weights.
-        kd_alpha: share of KL beside cross-entropy, unless the objective is ce.
-        kd_temperature: divisor of the verifier's logits in the KL target.
-        depth_decay: weight of depth k is ``depth_decay ** (k - 1)``.
-        muon: Muon steps the matrices of recurrence, projection and blocks, AdamW (``optim``) only head and biases.
-        use_wandb: report to Weights & Biases.
-        wandb_project: its project; default ``WANDB_PROJECT``.
-        wandb_run_name: name of the run there; the same as ``run_name``.
-    """
-
-    learning_rate: float = field(default=5e-4)
-    # Padding is computed like text.
-    train_sampling_strategy: str = field(default="group_by_length")
-    remove_unused_columns: bool = field(default=False)
-    logging_nan_inf_filter: bool = field(default=False)
-    # A rank that hangs is noticed within a minute.
-    ddp_timeout: int = field(default=60)
-    # The head's weight is used in the loss, outside the forward that a search would look at.
-    ddp_find_unused_parameters: bool | None = field(default=False)
-    drafter_predict_n_tokens: int = field(default=4)
-    drafter_num_layers: int = field(default=2)
-    drafter_top_k: int = field(default=5)
-    objective: str = field(default="kl")
-    expected_length_share: float = field(default=1.0)
-    kd_alpha: float = field(default=1.0)
-    kd_temperature: float = field(default=1.0)
-    depth_decay: float = field(default=0.9)
-    muon: bool = field(default=False)
-    use_wandb: bool = field(default=False)
-    wandb_project: str | None = field(default=None)
-    wandb_run_name: str | None = field(default=None)
+    learning_rate: float = _flag(5e-4, "peak of the schedule")
+    train_sampling_strategy: str = _flag("group_by_length", "padding is computed like text, so rows are grouped")
+    remove_unused_columns: bool = _flag(False, "rows bring what the drafter needs, which the base class cannot know")
+    logging_nan_inf_filter: bool = _flag(False, "a loss that is not finite ends the run")
+    ddp_timeout: int = _flag(60, "seconds after which a rank that hangs is noticed")
+    ddp_find_unused_parameters: bool | None = _flag(
+        False, "the head's weight is used in the loss, outside the forward that a search would look at"
+    )
+    drafter_predict_n_tokens: int = _flag(4, "depths K that are trained")
+    drafter_num_layers: int = _flag(2, "residual blocks of a drafter that is made new")
+    drafter_top_k: int = _flag(5, "accuracies are reported for top-1 and top-k")
+    objective: str = _flag(
+        "kl",
+        "kl (the base's distribution), ce (the text's own tokens) or expected_length (of the chain along the text that "
+        "is accepted)",
+    )
+    expected_length_share: float = _flag(
+        1.0,
+        "share of the expected length where that is the objective; KL and cross-entropy have the rest; it has no depth "
+        "weights",
+    )
+    kd_alpha: float = _flag(1.0, "share of KL beside cross-entropy, unless the objective is ce")
+    kd_temperature: float = _flag(1.0, "divisor of the base's logits in the KL target")
+    depth_decay: float = _flag(0.9, "depth k weighs depth_decay^(k-1)")
+    muon: bool = _flag(
+        False, "Muon steps the matrices of recurrence, projection and blocks, AdamW (--optim) head and biases alone"
+    )
+    use_wandb: bool = _flag(False, "report to Weights & Biases")
+    wandb_project: str | None = _flag(None, "its project (default: WANDB_PROJECT)")
+    wandb_run_name: str | None = _flag(None, "name of the run there; the same as run_name")
 
     def __post_init__(self) -> None:
         self._check()

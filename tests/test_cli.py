@@ -14,7 +14,10 @@ from typing import NoReturn
 import pytest
 import torch
 
-from recurrent_drafting import cli, errors
+import generate_speculator
+import huggingface_deployment
+import train_speculator
+from recurrent_drafting import cli, distillation, errors, formats
 
 ROOT = Path(__file__).resolve().parent.parent
 # Exit codes: 2 usage, 3 data, 4 model, 5 resources, 6 numerics, 7 network.
@@ -177,3 +180,26 @@ def test_a_reader_that_leaves_ends_the_script_quietly() -> None:
     os.close(writer)
     answers = [(process.communicate(timeout=120)[1], process.returncode) for process in processes]
     assert answers == [(b"", 0)] * 2
+
+
+@pytest.mark.parametrize(
+    "build_parser",
+    [
+        train_speculator.build_parser,
+        generate_speculator.build_parser,
+        huggingface_deployment.build_parser,
+        distillation.build_parser,
+        formats.build_parser,
+    ],
+    ids=lambda function: function.__module__,
+)
+def test_every_flag_says_what_it_does(build_parser: Callable[[], cli.ArgumentParser]) -> None:
+    parsers: list[argparse.ArgumentParser] = [build_parser()]
+    silent = []
+    while parsers:
+        for action in parsers.pop()._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+            elif not action.help:
+                silent.append(action.dest)
+    assert silent == []
