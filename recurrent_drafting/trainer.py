@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import transformers
@@ -56,6 +56,9 @@ def _flag(default: Any, text: str) -> Any:
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
     """Every Hugging Face training argument, some with another default, and the drafter's own."""
+
+    # The title above them in ``--help``.
+    _argument_group_name: ClassVar[str] = "training (every Hugging Face argument, and the drafter's own at the end)"
 
     learning_rate: float = _flag(5e-4, "peak of the schedule")
     train_sampling_strategy: str = _flag("group_by_length", "padding is computed like text, so rows are grouped")
