@@ -48,14 +48,15 @@ def find() -> list[LocalDrafter]:
 
 
 def choose(base: str) -> Path:
-    """Return the newest drafter trained here for a base, else the released one.
+    """Return the newest drafter trained here for a base, else the released one that bears the base's name alone.
 
     Raises:
         ModelError: there is none; the others are listed.
     """
     found = find()
     released = RELEASED / f"{Path(base).name}{RELEASED_NAME}"
-    for drafter in found:
+    # Further released ones, for one use or another, come last: who wants one names it.
+    for drafter in sorted(found, key=lambda each: each.path.parent == RELEASED and each.path != released):
         if drafter.base == base or drafter.path == released:
             return drafter.path
     raise ModelError(

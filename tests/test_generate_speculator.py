@@ -200,6 +200,15 @@ class TestDrafterResolution:
         assert main(argv) == 0
         assert str(released) in capsys.readouterr().err
 
+    def test_of_released_drafters_the_one_with_the_bases_name_alone_is_taken(self, models: Models) -> None:
+        base = Path(models.base)
+        special = save_drafter(local_drafters.RELEASED / "a-special-redrafter", base)
+        assert local_drafters.choose(models.base) == special
+        plain = save_drafter(local_drafters.RELEASED / f"{base.name}-redrafter", base)
+        assert local_drafters.choose(models.base) == plain
+        trained = save_drafter(Path("models/z-recurrent-drafter"), base)
+        assert local_drafters.choose(models.base) == trained
+
     def test_no_drafter_lists_those_found(self, models: Models, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["--base_model", models.base, "--prompt", "a"]) == 4
         assert "no drafters found" in capsys.readouterr().err
