@@ -121,7 +121,7 @@ def _bar(item: Series, row: int, place: tuple[float, float, float], look: tuple[
 
 
 def _short(label: str, room: float) -> str:
-    letters = int((room - 8) / _LETTER)
+    letters = int((room - 8) / _LETTER + 0.01)  # a label that just fits must not fall to rounding
     return label if len(label) <= letters else label[: letters - 1] + "…"
 
 
@@ -137,10 +137,11 @@ def lines(series: Sequence[Line], *, x_label: str, spec: str = ".2f") -> str:
     points = [point for curve in curves for point in curve]
     if not points:
         return f'<p class="empty">{DASH}</p>'
-    right, top, bottom, height = _WIDTH - 12.0, 8.0, 158.0, 196
+    top, bottom, height = 8.0, 158.0, 196
     xs, ys = [x for x, _ in points], [y for _, y in points]
     x_marks = _marks(min(xs), max(xs), 5)
     y_marks = _marks(min(0.0, *ys), max(ys), 4)
+    right = _WIDTH - max(12.0, len(f"{x_marks[-1]:g}") * _LETTER / 2 + 2)  # half of the last mark stands beyond
     left = max(len(number(mark, spec)) for mark in y_marks) * _LETTER + 16  # "%" is broad
 
     def at(x: float, y: float) -> tuple[float, float]:

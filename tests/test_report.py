@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 
-from recurrent_drafting import Drafter, SpeculativeDecoder, detokenizer, evaluation, prompt_files, report, result_files
+from recurrent_drafting import (
+    Drafter,
+    SpeculativeDecoder,
+    detokenizer,
+    evaluation,
+    plots,
+    prompt_files,
+    report,
+    result_files,
+)
 from recurrent_drafting.config import SamplingConfig
 from recurrent_drafting.errors import DataError
 from recurrent_drafting.evaluation import RunSettings
@@ -318,3 +327,19 @@ class TestCommand:
         with pytest.raises(DataError, match="x is no result file"):
             Result.of("x", {})
         assert Result.of("x", TRAINING).kind == "training"
+
+
+def test_a_label_that_has_room_is_not_cut() -> None:
+    most = max(length for length in range(1, 40) if "…" not in plots.bars(["m" * length], [plots.Series("", [1.0])]))
+    assert 9 <= most < 39
+    for length in range(1, most + 1):
+        assert f">{'m' * length}</text>" in plots.bars(["m" * length], [plots.Series("", [1.0])]), length
+
+
+@pytest.mark.parametrize("last", [10.0, 2500.0, 1e6])
+def test_the_last_mark_of_the_x_axis_stands_within_the_drawing(last: float) -> None:
+    drawing = plots.lines([plots.Line("loss", [(0.0, 2.0), (last, 1.0)])], x_label="step")
+    width = float(re.search(r'viewBox="0 0 (\d+)', drawing)[1])  # type: ignore[index]
+    marks = re.findall(r'<text x="([\d.]+)" y="174.0" class="middle">([^<]+)</text>', drawing)
+    assert float(marks[-1][1]) == pytest.approx(last)
+    assert all(float(x) + len(text) * 6.9 / 2 <= width for x, text in marks)
