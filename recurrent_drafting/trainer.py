@@ -61,9 +61,15 @@ class TrainingArguments(transformers.TrainingArguments):
     _argument_group_name: ClassVar[str] = "training (every Hugging Face argument, and the drafter's own at the end)"
 
     learning_rate: float = _flag(5e-4, "peak of the schedule")
-    train_sampling_strategy: str = _flag("group_by_length", "padding is computed like text, so rows are grouped")
-    remove_unused_columns: bool = _flag(False, "rows bring what the drafter needs, which the base class cannot know")
-    logging_nan_inf_filter: bool = _flag(False, "a loss that is not finite ends the run")
+    train_sampling_strategy: str = _flag(
+        "group_by_length", "order of the rows; padding is computed like text, so rows of a length go together"
+    )
+    remove_unused_columns: bool = _flag(
+        False, "drop columns that forward does not name; the drafter needs some of them"
+    )
+    logging_nan_inf_filter: bool = _flag(
+        False, "leave losses that are not finite out of the log; such a loss ends the run"
+    )
     ddp_timeout: int = _flag(60, "seconds after which a rank that hangs is noticed")
     ddp_find_unused_parameters: bool | None = _flag(
         False, "the head's weight is used in the loss, outside the forward that a search would look at"
