@@ -16,7 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from recurrent_drafting import assets, cli, data, sources
-from recurrent_drafting.engines import make_engine
+from recurrent_drafting.engines import DTYPES, make_engine
 from recurrent_drafting.self_data import SelfData, SelfDataConfig, load_rows, pack, read_settings
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,9 @@ def build_parser() -> cli.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=SelfDataConfig.seed, help="key of everything random")
     parser.add_argument("--engine", choices=("auto", "vllm", "transformers"), default="auto", help="what generates")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="what it computes in; auto: bf16 with vllm, else as the device"
+    )
     parser.add_argument("--pack", type=Path, help="also write the rows to this safetensors file")
     parser.add_argument("--pack_reply_tokens", type=int, help="stop packing after this many reply tokens")
     parser.add_argument("--debug", action="store_true", help="print tracebacks")
@@ -57,7 +60,7 @@ def execute(args: argparse.Namespace) -> int:
     if args.num_rows:
         names = {item.name for item in fields(SelfDataConfig)} - {"chunk_rows"}
         config = SelfDataConfig(**{name: getattr(args, name) for name in names})
-        SelfData(make_engine(args.engine, name), tokenizer, config, name, turns).write(args.output_dir)
+        SelfData(make_engine(args.engine, name, args.dtype), tokenizer, config, name, turns).write(args.output_dir)
     if args.pack:
         rows, report = load_rows(args.output_dir, tokenizer, args.pack_reply_tokens, turns)
         settings = {

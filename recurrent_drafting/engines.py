@@ -17,6 +17,8 @@ from recurrent_drafting.verifier import Verifier
 
 # Requests that transformers decode together.
 REPLY_BATCH = 32
+_VLLM_DTYPES = {"auto": "bfloat16", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+DTYPES = tuple(_VLLM_DTYPES)
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,11 @@ class Engine(Protocol):
 
     Args:
         name: as in ``make_engine``.
+        dtype: what it was asked to compute in, as in ``make_engine``.
     """
 
     name: str
+    dtype: str
 
     def generate(self, requests: Sequence[Request], max_new_tokens: int) -> list[list[int]]:
         """Return the new token ids of each request, EOS included if produced."""
@@ -55,16 +59,18 @@ class VllmEngine:
     Args:
         model_directory: local model.
         max_model_len: longest prompt and reply together, in tokens.
+        dtype: auto (bfloat16), bf16, fp16 or fp32.
     """
 
     name = "vllm"
 
-    def __init__(self, model_directory: str, max_model_len: int = 1024) -> None:
+    def __init__(self, model_directory: str, max_model_len: int = 1024, dtype: str = "auto") -> None:
+        self.dtype = dtype
         # An optional package: nothing else here may need it.
         self._vllm = importlib.import_module("vllm")
         self._llm = self._vllm.LLM(
             model_directory,
-            dtype="bfloat16",
+            dtype=_VLLM_DTYPES[dtype],
             max_model_len=max_model_len,
             max_num_seqs=128,
             max_num_batched_tokens=8 * max_model_len,
@@ -98,11 +104,19 @@ class TransformersEngine:
         verifier: the model that writes.
         batch_size: requests decoded at a time.
         max_length: longest prompt and text together, in tokens; a prompt of that length has no text.
+        dtype: what the verifier was asked to be loaded in.
     """
 
     name = "transformers"
 
-    def __init__(self, verifier: Verifier, batch_size: int = REPLY_BATCH, max_length: int = sys.maxsize) -> None:
+    def __init__(
+        self,
+        verifier: Verifier,
+        batch_size: int = REPLY_BATCH,
+        max_length: int = sys.maxsize,
+        dtype: str = "auto",
+    ) -> None:
+        self.dtype = dtype
         self._decoder = AutoregressiveDecoder(verifier)
         self._batch_size = batch_size
         self._max_length = max_length
@@ -127,8 +141,13 @@ class TransformersEngine:
         return max(self._max_length - len(request.prompt), 0)
 
 
-def make_engine(name: str, model: str) -> Engine:
-    """Build the engine by name: auto (vLLM where it is installed), vllm or transformers.
+def make_engine(name: str, model: str, dtype: str = "auto") -> Engine:
+    """Build an engine.
+
+    Args:
+        name: auto (vLLM where it is installed), vllm or transformers.
+        model: the base, by packaged name or path.
+        dtype: one of ``DTYPES``; auto is bfloat16 in vLLM, and otherwise what ``Verifier.from_pretrained`` makes of it.
 
     Raises:
         UsageError: vLLM is asked for and not installed.
@@ -137,8 +156,8 @@ def make_engine(name: str, model: str) -> Engine:
     if name == "vllm" and not installed:
         raise UsageError("--engine vllm: vLLM is not installed; install it or use --engine transformers")
     if name == "transformers" or not installed:
-        return TransformersEngine(Verifier.from_pretrained(model))
-    return VllmEngine(assets.source_of(model))
+        return TransformersEngine(Verifier.from_pretrained(model, dtype), dtype=dtype)
+    return VllmEngine(assets.source_of(model), dtype=dtype)
 
 
 def cut_loop(tokens: list[int], reach: int = 128, novelty: float = 0.1, keep: int = 64) -> list[int]:

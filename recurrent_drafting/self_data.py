@@ -129,7 +129,12 @@ class SelfData:
                 bar.update()
 
     def _claim(self, directory: Path) -> None:
-        wanted = {"base": self._base, "engine": self._engine.name, **asdict(self._config)}
+        wanted = {
+            "base": self._base,
+            "engine": self._engine.name,
+            "dtype": self._engine.dtype,
+            **asdict(self._config),
+        }
         del wanted["num_rows"]
         path = directory / _SETTINGS
         if not path.exists():
@@ -300,7 +305,7 @@ def pack(rows: Sequence[EncodedRow], report: SelfDataReport, path: Path, setting
         rows: what ``load_rows`` gave.
         report: counts of the same.
         path: the file.
-        settings: of the run: ``base``, ``engine`` and the fields of ``SelfDataConfig`` without
+        settings: of the run: ``base``, ``engine``, ``dtype`` and the fields of ``SelfDataConfig`` without
             ``num_rows``, as its directory holds them; ``fingerprint`` of the base.
     """
     counts = {
@@ -308,7 +313,7 @@ def pack(rows: Sequence[EncodedRow], report: SelfDataReport, path: Path, setting
         "reply_tokens": sum(sum(row.loss_mask) for row in rows),
         "greedy_rows": sum(bool(row.greedy) for row in rows),
     }
-    flags = ("engine", "max_new_tokens", "greedy_share", "prompt_temperature", "prompt_min_p", "seed")
+    flags = ("engine", "dtype", "max_new_tokens", "greedy_share", "prompt_temperature", "prompt_min_p", "seed")
     command = [
         *("python -m recurrent_drafting.distillation --llm_name_or_path", Path(settings["base"]).name),
         *("--output_dir self_data --num_rows", str(report.prompts), "--pack", path.name),
@@ -407,12 +412,14 @@ def spread(items: Sequence[T], count: int) -> list[T]:
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
-    """Return what a directory was begun with: base, engine, and the fields of ``SelfDataConfig`` but ``num_rows``.
+    """Return what a directory was begun with: base, engine, dtype, and the ``SelfDataConfig`` fields but ``num_rows``.
 
     Raises:
         DataError: they are not there, or damaged.
     """
-    return _read_object(directory / _SETTINGS, "no settings of self-written data", "name another directory")
+    found = _read_object(directory / _SETTINGS, "no settings of self-written data", "name another directory")
+    # Directories from before there was a choice name none.
+    return {"dtype": "auto", **found}
 
 
 def _chunk_path(directory: Path, index: int) -> Path:

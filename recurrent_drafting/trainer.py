@@ -121,14 +121,19 @@ class TrainingArguments(transformers.TrainingArguments):
         for name in ("kd_temperature", "depth_decay", "drafter_predict_n_tokens", "drafter_top_k"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"{name} must be > 0 and finite, got {getattr(self, name)}")
-        if self.muon and self.optim not in _WITH_MUON:
-            raise UsageError(f"muon goes with optim {' or '.join(_WITH_MUON)}, got {self.optim}: drop one of the two")
+        self._check_muon()
         if not 0 <= self.learning_rate < math.inf:
             raise UsageError(f"learning_rate must be >= 0 and finite, got {self.learning_rate}")
         least = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
         for name, minimum in {**least, "seed": 0}.items():
             if getattr(self, name) < minimum:
                 raise UsageError(f"{name} must be >= {minimum}, got {getattr(self, name)}")
+
+    def _check_muon(self) -> None:
+        if self.muon and self.optim not in _WITH_MUON:
+            raise UsageError(f"muon goes with optim {' or '.join(_WITH_MUON)}, got {self.optim}: drop one of the two")
+        if self.muon and self.optim_args:
+            raise UsageError(f"muon takes no optim_args, got {self.optim_args!r}: drop one of the two")
 
     def _check_objective(self) -> None:
         if self.objective not in OBJECTIVES:

@@ -69,7 +69,7 @@ def make_verifier(dtype: torch.dtype = torch.float64) -> Verifier:
 class ScriptedEngine:
     """Write given prompts in order, and as replies what a function makes of the request's seed."""
 
-    name = "scripted"
+    name, dtype = "scripted", "auto"
 
     def __init__(self, tokenizer: Any, prompts: Sequence[str], reply: Sequence[int] = (11, 12, 13, EOS)) -> None:
         self.requests: list[Request] = []
@@ -305,7 +305,7 @@ def test_packing_keeps_rows_counts_and_how_to_make_them_again(tmp_path: Path) ->
     assert str(tmp_path) not in json.dumps(metadata)
     options = metadata["command"].split("recurrent_drafting.distillation ")[1].split()
     parsed = distillation.build_parser().parse_args(options)
-    assert (parsed.num_rows, parsed.seed, parsed.engine) == (24, 0, "transformers")
+    assert (parsed.num_rows, parsed.seed, parsed.engine, parsed.dtype) == (24, 0, "transformers", "auto")
     first, part = self_data.load_rows(tmp_path / "rows", tokenizer, max_reply_tokens=1)
     assert first == rows[: len(first)]
     assert part.prompts < 24
@@ -325,6 +325,28 @@ def tiny_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 
 @pytest.mark.usefixtures("short_prompts")
+def test_the_engine_computes_in_the_dtype_that_was_asked_for(tiny_base: Path) -> None:
+    engine = engines.make_engine("transformers", str(tiny_base), "fp32")
+    assert isinstance(engine, TransformersEngine)
+    assert engine.dtype == "fp32"
+    assert engine._decoder.verifier.dtype == torch.float32
+    engine = engines.make_engine("transformers", str(tiny_base), "bf16")
+    assert isinstance(engine, TransformersEngine)
+    assert engine._decoder.verifier.dtype == torch.bfloat16
+
+
+@pytest.mark.usefixtures("short_prompts")
+def test_a_directory_from_before_there_was_a_choice_of_dtype_goes_on(tmp_path: Path) -> None:
+    write(TransformersEngine(make_verifier()), tmp_path, num_rows=6)
+    settings = tmp_path / "settings.json"
+    old = {name: value for name, value in json.loads(settings.read_text()).items() if name != "dtype"}
+    settings.write_text(json.dumps(old))
+    write(TransformersEngine(make_verifier()), tmp_path, num_rows=10)
+    with pytest.raises(UsageError, match="dtype"):
+        write(TransformersEngine(make_verifier(), dtype="bf16"), tmp_path, num_rows=10)
+
+
+@pytest.mark.usefixtures("short_prompts")
 def test_command_line_writes_and_packs(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--llm_name_or_path", str(tiny_base), "--output_dir", str(tmp_path / "rows")]
     engine = ["--engine", "transformers"]
@@ -334,8 +356,9 @@ def test_command_line_writes_and_packs(tiny_base: Path, tmp_path: Path, capsys: 
     assert len(packed) > 0
     assert metadata["fingerprint"] == ""
     assert distillation.main([*options, "--num_rows", "0", "--pack_reply_tokens", "1", *pack]) == 0
-    assert distillation.main([*options, *engine, "--num_rows", "24", "--seed", "1"]) == 2
-    assert "was begun with" in capsys.readouterr().err
+    for change in (["--seed", "1"], ["--dtype", "fp16"]):
+        assert distillation.main([*options, *engine, "--num_rows", "24", *change]) == 2
+        assert "was begun with" in capsys.readouterr().err
     with pytest.raises(SystemExit) as caught:
         distillation.main([*options, "--num_row", "1"])
     assert caught.value.code == 2
@@ -387,6 +410,8 @@ def test_vllm_engine_passes_each_request_on(monkeypatch: pytest.MonkeyPatch) -> 
     texts = engine.generate([Request([1, 2], 7, 0.0), Request([3], 8, 1.0, 0.1)], 16)
     assert texts == [[5, EOS]] * 2
     assert (engine.name, seen["path"], seen["options"]["dtype"]) == ("vllm", "some/base", "bfloat16")
+    assert engines.make_engine("vllm", "some/base", "fp16").dtype == "fp16"
+    assert seen["options"]["dtype"] == "float16"
     assert seen["prompts"] == [{"prompt_token_ids": [1, 2]}, {"prompt_token_ids": [3]}]
     asked = [(item["temperature"], item["min_p"], item["seed"], item["max_tokens"]) for item in seen["parameters"]]
     assert asked == [(0.0, 0.0, 7, 16), (1.0, 0.1, 8, 16)]

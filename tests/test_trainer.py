@@ -798,6 +798,7 @@ def test_the_defaults_that_training_rests_on(tmp_path: Path) -> None:
         ({"drafter_predict_n_tokens": 0}, "drafter_predict_n_tokens must be > 0"),
         ({"drafter_top_k": -1}, "drafter_top_k must be > 0"),
         ({"muon": True, "optim": "sgd"}, "muon goes with optim adamw_torch or adamw_torch_fused, got sgd"),
+        ({"muon": True, "optim_args": "foreach=True"}, "muon takes no optim_args, got 'foreach=True'"),
     ],
 )
 def test_arguments_that_cannot_be_are_usage_errors(tmp_path: Path, settings: dict[str, Any], expected: str) -> None:
