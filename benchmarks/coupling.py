@@ -1,15 +1,18 @@
 #!/usr/bin/env python
 """Does the drafter gain from knowing the noise? Tau on MT-Bench, coupled drafting off and on.
 
-Texts do not depend on the drafter, so every strength decodes the same tokens in fewer or more steps.
+Texts do not depend on the drafter, so every strength decodes the same tokens in fewer or more steps. With trees chosen
+by cost their time counts too: the strengths take turns over several rounds.
 
 Example:
   python benchmarks/coupling.py --speculator_path DIR --output benchmarks/results/coupling.json
+  python benchmarks/coupling.py --speculator_path DIR --by_cost --batch_size 1 --rounds 3 --strengths 0.83 1
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,8 +24,9 @@ from recurrent_drafting.checkpoint import load_drafter
 
 _SETTINGS = (
     *("dtype", "prompts", "new_tokens", "batch_size", "max_tree_nodes"),
-    *("lookup_length", "recycled_nodes", "temperatures", "strengths", "seed"),
+    *("lookup_length", "recycled_nodes", "temperatures", "strengths", "seed", "by_cost", "rounds"),
 )
+_COUNTERS = ("tau", "acceptance_by_depth", "tokens", "prompts", "mean_tree_nodes", "phase_seconds")
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -35,26 +39,36 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         if getattr(args, name) is not None:
             beam = replace(beam, **{name: getattr(args, name)})
     questions, _ = prompt_files.load_questions("mt-bench", args.prompts, spread=True)
-    rows: list[dict[str, Any]] = []
-    for temperature in args.temperatures:
-        for strength in args.strengths if temperature else [0.0]:
+    cases = [(t, strength) for t in args.temperatures for strength in (args.strengths if t else [0.0])]
+    runs: dict[tuple[float, float], list[dict[str, Any]]] = {case: [] for case in cases}
+    for _ in range(args.rounds):
+        for temperature, strength in cases:
+            nodes = None if args.by_cost else args.max_tree_nodes
             settings = evaluation.RunSettings(
                 base_model=args.base_model,
                 speculator_path=args.speculator_path,
                 max_new_tokens=args.new_tokens,
                 batch_size=args.batch_size,
                 sampling=SamplingConfig(temperature=temperature, seed=args.seed),
-                beam=replace(beam, max_nodes=args.max_tree_nodes, coupling=strength),
+                beam=replace(beam, max_nodes=nodes, coupling=strength),
             )
             decoder = evaluation.speculative_decoder(verifier, drafter, settings)
-            summary = evaluation.run_speculative(decoder, tokenizer, questions, settings)["summary"]
-            names = ("tau", "acceptance_by_depth", "tokens", "prompts", "mean_tree_nodes", "phase_seconds")
-            rows.append(
-                {"temperature": temperature, "coupling": strength, **{name: summary[name] for name in names}},
-            )
+            found = evaluation.run_speculative(decoder, tokenizer, questions, settings)["summary"]
+            runs[temperature, strength].append(found)
+    rows = [_row(*case, found) for case, found in runs.items()]
     return {
         **harness.head(__file__, args, *_SETTINGS),
         "rows": rows,
+    }
+
+
+def _row(temperature: float, strength: float, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return a row of the record: counters of the last round, and tokens per second of each."""
+    return {
+        "temperature": temperature,
+        "coupling": strength,
+        **{name: rounds[-1][name] for name in _COUNTERS},
+        "tokens_per_second": [found["tokens_per_second"] for found in rounds],
     }
 
 
@@ -69,11 +83,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--strengths", type=float, nargs="+", default=[0.0, 1.0], help="0 is off; else the drafter's error temperature"
     )
+    parser.add_argument(
+        "--by_cost", action="store_true", help="choose trees by cost instead of --max_tree_nodes, as decoding does"
+    )
+    parser.add_argument("--rounds", type=int, default=1, help="times that everything is decoded, in turns")
     args = parser.parse_args(argv)
     record = measure(args)
     for row in record["rows"]:
         depths = " ".join(f"{share:.2f}" for share in row["acceptance_by_depth"])
-        print(f"temperature {row['temperature']}, coupling {row['coupling']}: tau {row['tau']:.3f}, by depth {depths}")
+        speed = statistics.median(row["tokens_per_second"])
+        head = f"temperature {row['temperature']}, coupling {row['coupling']}"
+        print(f"{head}: tau {row['tau']:.3f}, by depth {depths}, {speed:.1f} tokens/s")
     harness.write(record, args.output)
     return 0
 

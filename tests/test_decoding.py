@@ -551,6 +551,13 @@ def test_coupling_allows_for_an_error_of_the_drafters_logits_before_the_requests
     assert set(decoder.allowances) == {4.0}
 
 
+def test_coupling_allows_for_more_error_where_trees_are_chosen_by_cost(verifier: Verifier) -> None:
+    decoder = Watcher(verifier, [[5] * 6])
+    decoder.latency = LatencyCurve((1, 8), (1.0, 1.0))
+    decoder.generate(PROMPTS[:1], max_new_tokens=6, sampling=SamplingConfig(temperature=0.25), eos_token_ids=())
+    assert set(decoder.allowances) == {4.8}
+
+
 # --- arguments and fit ---
 
 
