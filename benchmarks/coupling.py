@@ -88,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--rounds", type=int, default=1, help="times that everything is decoded, in turns")
     args = parser.parse_args(argv)
+    cli.require_least(args, {"rounds": 1})
     record = measure(args)
     for row in record["rows"]:
         depths = " ".join(f"{share:.2f}" for share in row["acceptance_by_depth"])
