@@ -50,7 +50,8 @@ class BeamConfig:
         max_nodes: nodes of the draft tree that are verified, the root included (N);
             ``None`` verifies every beam kept at every depth, W * L + 1 nodes.
         coupling: temperature s of the drafter's own error in coupled drafting, in units of its logits before
-            the request's temperature; 0 turns coupling off. It has no effect on greedy decoding.
+            the request's temperature; 0 turns coupling off, and trees chosen by cost allow for somewhat more. It has
+            no effect on greedy decoding.
         lookup_length: tokens copied from the text's own past where its last ones stood before (prompt lookup);
             they compete with the drafter's for the tree's nodes. 0, as in the paper, copies nothing.
         recycled_nodes: verified nodes that are remembered, so that what the verifier said there is mixed into the

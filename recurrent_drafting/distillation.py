@@ -16,7 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from recurrent_drafting import assets, cli, data, sources
-from recurrent_drafting.engines import DTYPES, make_engine
+from recurrent_drafting.engines import make_engine
 from recurrent_drafting.self_data import SelfData, SelfDataConfig, load_rows, pack, read_settings
 
 logger = logging.getLogger(__name__)
@@ -43,9 +43,7 @@ def build_parser() -> cli.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=SelfDataConfig.seed, help="key of everything random")
     parser.add_argument("--engine", choices=("auto", "vllm", "transformers"), default="auto", help="what generates")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="what it computes in; auto: bf16 with vllm, else as the device"
-    )
+    parser.add_argument("--dtype", default="auto", help="auto (bf16 with vllm), fp32, bf16 or fp16")
     parser.add_argument("--pack", type=Path, help="also write the rows to this safetensors file")
     parser.add_argument("--pack_reply_tokens", type=int, help="stop packing after this many reply tokens")
     parser.add_argument("--debug", action="store_true", help="print tracebacks")

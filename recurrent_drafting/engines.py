@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from recurrent_drafting import assets
 from recurrent_drafting.config import SamplingConfig
 from recurrent_drafting.decoding import AutoregressiveDecoder
 from recurrent_drafting.errors import UsageError
-from recurrent_drafting.verifier import Verifier
+from recurrent_drafting.verifier import Verifier, resolve_dtype
 
 # Requests that transformers decode together.
 REPLY_BATCH = 32
-_VLLM_DTYPES = {"auto": "bfloat16", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-DTYPES = tuple(_VLLM_DTYPES)
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,12 @@ class VllmEngine:
 
     def __init__(self, model_directory: str, max_model_len: int = 1024, dtype: str = "auto") -> None:
         self.dtype = dtype
+        wanted = resolve_dtype("bf16" if dtype == "auto" else dtype, torch.device("cpu"))
         # An optional package: nothing else here may need it.
         self._vllm = importlib.import_module("vllm")
         self._llm = self._vllm.LLM(
             model_directory,
-            dtype=_VLLM_DTYPES[dtype],
+            dtype=str(wanted).removeprefix("torch."),
             max_model_len=max_model_len,
             max_num_seqs=128,
             max_num_batched_tokens=8 * max_model_len,
@@ -147,10 +148,10 @@ def make_engine(name: str, model: str, dtype: str = "auto") -> Engine:
     Args:
         name: auto (vLLM where it is installed), vllm or transformers.
         model: the base, by packaged name or path.
-        dtype: one of ``DTYPES``; auto is bfloat16 in vLLM, and otherwise what ``Verifier.from_pretrained`` makes of it.
+        dtype: as for ``Verifier.from_pretrained``, but auto is bfloat16 in vLLM.
 
     Raises:
-        UsageError: vLLM is asked for and not installed.
+        UsageError: vLLM is asked for and not installed, or there is no such dtype.
     """
     installed = importlib.util.find_spec("vllm") is not None
     if name == "vllm" and not installed:

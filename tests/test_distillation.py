@@ -412,6 +412,8 @@ def test_vllm_engine_passes_each_request_on(monkeypatch: pytest.MonkeyPatch) -> 
     assert (engine.name, seen["path"], seen["options"]["dtype"]) == ("vllm", "some/base", "bfloat16")
     assert engines.make_engine("vllm", "some/base", "fp16").dtype == "fp16"
     assert seen["options"]["dtype"] == "float16"
+    with pytest.raises(UsageError, match="dtype 'float16' is unknown"):
+        engines.make_engine("vllm", "some/base", "float16")
     assert seen["prompts"] == [{"prompt_token_ids": [1, 2]}, {"prompt_token_ids": [3]}]
     asked = [(item["temperature"], item["min_p"], item["seed"], item["max_tokens"]) for item in seen["parameters"]]
     assert asked == [(0.0, 0.0, 7, 16), (1.0, 0.1, 8, 16)]
