@@ -4,7 +4,8 @@
 All methods answer a prompt in turn, in an order that rotates, for several rounds. Ratios are taken
 within a round, prompt by prompt; their median counts, and beside it the ratio of all tokens to all
 seconds. Peers with interpreters of their own (vLLM, llama.cpp) and our compiled decoders run in
-processes that are stopped while it is another's turn.
+processes that are stopped while it is another's turn. With --output finished rounds are kept: the same
+command goes on with the next one, on the same machine with the same versions.
 
 Example:
   python benchmarks/peers.py --speculator_path DIR --dtype bf16 --output benchmarks/results/peers-bf16.json
@@ -29,6 +30,7 @@ from transformers import DynamicCache
 import harness
 from our_decoders import Answer, Batch, OurDecoders
 from peer_processes import CompiledDecoders, Worker, start_workers
+from peer_rounds import FinishedRounds
 from recurrent_drafting import Verifier, cli, plots, report
 from recurrent_drafting.checkpoint import load_drafter
 from recurrent_drafting.errors import UsageError
@@ -77,6 +79,18 @@ class Method:
         self.seconds[index].append(answer.seconds)
         if answer.stats is not None:
             self.stats[index] = answer.stats
+
+    def last_round(self) -> dict[str, Any]:
+        """Return what the round that ended last measured, as JSON has it."""
+        seconds = [row[-1] for row in self.seconds]
+        return {"seconds": seconds, "texts": self.texts, "stats": [asdict(stats) for stats in self.stats]}
+
+    def restore(self, measured: dict[str, Any]) -> None:
+        """Take a round over from an earlier run."""
+        for row, seconds in zip(self.seconds, measured["seconds"], strict=True):
+            row.append(seconds)
+        self.texts = measured["texts"]
+        self.stats = [DecodingStats(**stats) for stats in measured["stats"]]
 
 
 @dataclass
@@ -231,7 +245,11 @@ def _of_worker(worker: Worker, args: argparse.Namespace) -> Callable[[Batch], An
 
 
 def take_turns(
-    methods: dict[str, Method], batches: list[Batch], rounds: int, speculations: Sequence[Speculation]
+    methods: dict[str, Method],
+    batches: list[Batch],
+    rounds: int,
+    speculations: Sequence[Speculation],
+    finished: FinishedRounds,
 ) -> None:
     """Let every method answer every batch, in an order that rotates; the round before the first warms up."""
     names = list(methods)
@@ -239,13 +257,29 @@ def take_turns(
         method.run(batches[0])
         method.seconds, method.texts = [[] for _ in batches], [[] for _ in batches]
         method.stats = [DecodingStats() for _ in batches]
-    for round_ in tqdm(range(rounds), desc="rounds"):
+    _restore(methods, speculations, finished.rounds)
+    done = len(finished.rounds)
+    for round_ in tqdm(range(done, rounds), desc="rounds", initial=done, total=rounds):
         for speculation in speculations:
             speculation.time_curve()
         for index, batch in enumerate(batches):
             shift = (round_ + index) % len(names)
             for name in names[shift:] + names[:shift]:
                 methods[name].take_turn(index, batch)
+        curves = {s.method: asdict(s.curves[-1]) if s.curves else None for s in speculations}
+        finished.add({"methods": {name: methods[name].last_round() for name in names}, "curves": curves})
+
+
+def _restore(methods: dict[str, Method], speculations: Sequence[Speculation], rounds: Sequence[dict[str, Any]]) -> None:
+    """Take the rounds of an earlier run over."""
+    for measured in rounds:
+        for name, method in methods.items():
+            method.restore(measured["methods"][name])
+        for speculation in speculations:
+            if (curve := measured["curves"][speculation.method]) is not None:
+                speculation.curves.append(LatencyCurve.of(curve))
+    for speculation in speculations if rounds else ():
+        speculation.decoders.time_curve()  # with a curve, which is not kept, compiled decoders tell their beam
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -307,8 +341,8 @@ def total(method: Method) -> DecodingStats:
     return stats
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Run all methods and compare."""
+def measure(args: argparse.Namespace) -> tuple[dict[str, Any], FinishedRounds]:
+    """Run all methods and compare; the finished rounds are to be closed when the record is written."""
     if args.compile and args.batch_size > 1:
         raise UsageError(f"--compile is for batch 1, got --batch_size {args.batch_size}: drop one of them")
     if args.sampled_too is not None and (args.sampled_too <= 0 or args.temperature):
@@ -324,19 +358,25 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     try:
         start_workers(verifier, args, workers)
         methods, speculations = make_methods(verifier, args, workers)
-        take_turns(methods, batches, args.rounds, speculations)
+        head = harness.head(__file__, args, *_SETTINGS)
+        finished = FinishedRounds(args.output, {**head, "methods": list(methods)})
+        take_turns(methods, batches, args.rounds, speculations, finished)
     finally:
         for worker in workers.values():
             worker.close()
-    return _record(args, methods, speculations, len(prompts))
+    return _record(head, args, methods, speculations, len(prompts)), finished
 
 
 def _record(
-    args: argparse.Namespace, methods: dict[str, Method], speculations: Sequence[Speculation], prompts: int
+    head: dict[str, Any],
+    args: argparse.Namespace,
+    methods: dict[str, Method],
+    speculations: Sequence[Speculation],
+    prompts: int,
 ) -> dict[str, Any]:
     first, *others = (_of_speculation(methods, speculation) for speculation in speculations)
     record = {
-        **harness.head(__file__, args, *_SETTINGS),
+        **head,
         "tokens_per_second": {
             name: spread(
                 [count / s for count, row in zip(m.tokens, m.seconds, strict=True) for s in row],
@@ -485,9 +525,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, measure, print and write."""
     args = build_parser().parse_args(argv)
     check_peers(args)
-    record = measure(args)
+    record, finished = measure(args)
     print(show(record))
     harness.write(record, args.output, plot)
+    finished.close()
     return 0
 
 

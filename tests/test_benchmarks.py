@@ -15,7 +15,7 @@ from recurrent_drafting.errors import UsageError
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 # Not started by a user.
-HELPERS = ("harness", "vllm_server", "peer_worker", "peer_processes", "compiled_worker", "our_decoders")
+HELPERS = ("harness", "vllm_server", "peer_worker", "peer_processes", "compiled_worker", "our_decoders", "peer_rounds")
 SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem not in HELPERS)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 import peers
 from our_decoders import Answer
 from peer_processes import CompiledDecoders, Worker
-from recurrent_drafting.errors import ResourceError, UsageError
+from peer_rounds import FinishedRounds
+from recurrent_drafting.errors import DataError, ResourceError, UsageError
 from recurrent_drafting.metrics import DecodingStats
 from recurrent_drafting.tree_budget import LatencyCurve
 
@@ -109,12 +111,76 @@ def test_methods_take_turns_in_an_order_that_rotates_and_keep_what_came_last() -
         return peers.Method(run, 0.0)
 
     methods = {"a": answer("a"), "b": answer("b")}
-    peers.take_turns(methods, [[[7]], [[8]]], 2, [])
+    peers.take_turns(methods, [[[7]], [[8]]], 2, [], FinishedRounds(None, {}))
     warm = [("a", 7), ("b", 7)]
     assert order == [*warm, *[("a", 7), ("b", 7), ("b", 8), ("a", 8)], *[("b", 7), ("a", 7), ("a", 8), ("b", 8)]]
     assert methods["a"].seconds == [[1.0, 1.0], [1.0, 1.0]]
     assert methods["a"].texts == [[[8]], [[9]]]
     assert [stats.rows for stats in methods["a"].stats] == [8, 9]
+
+
+def run_rounds(output: Path, rounds: int, fails_at: int | None = None) -> tuple[peers.Method, peers.Speculation]:
+    """Let one method answer two prompts per round; its seconds count the answers of this process."""
+    answers = 0
+
+    def run(batch: Any) -> Answer:
+        nonlocal answers
+        answers += 1
+        if answers == fails_at:
+            raise KeyboardInterrupt
+        return Answer([[answers]], float(answers), DecodingStats(rows=answers, tokens=1, accepted=[answers]))
+
+    method = peers.Method(run, 0.0)
+    curves = [curve(float(n), baseline=float(n)) for n in range(1, rounds + 2)]
+    speculation = peers.Speculation(Timed(*curves), "ours", "baseline")  # type: ignore[arg-type]
+    finished = FinishedRounds(output, {"command": "c", "shape": (1, 2)})
+    peers.take_turns({"ours": method}, [[[7]], [[8]]], rounds, [speculation], finished)
+    finished.close()
+    return method, speculation
+
+
+def test_a_run_that_was_cut_off_goes_on_with_the_next_round(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "record.json"
+    with pytest.raises(KeyboardInterrupt):
+        run_rounds(output, rounds=3, fails_at=5)  # one answer to warm up, two of the first round, one of the second
+    assert capsys.readouterr().out == ""
+    method, speculation = run_rounds(output, rounds=3)
+    assert "going on from" in capsys.readouterr().out
+    # The first round is the first run's; the second run warmed up with answer 1.
+    assert method.seconds == [[2.0, 2.0, 4.0], [3.0, 3.0, 5.0]]
+    assert (method.texts, [stats.accepted for stats in method.stats]) == ([[[4]], [[5]]], [[4], [5]])
+    # A curve that is timed to learn a decoder's beam is not a round's.
+    assert [found.seconds for found in speculation.curves] == [(1.0,), (2.0,), (3.0,)]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rounds_that_are_all_finished_are_taken_over_as_they_are(tmp_path: Path) -> None:
+    output = tmp_path / "record.json"
+    kept = FinishedRounds(output, {"command": "c", "shape": (1, 2)})
+    stats = {"rows": 5, "tokens": 1, "accepted": [5]}
+    part = {"seconds": [2.5, 3.5], "texts": [[[9]], [[8]]], "stats": [stats, stats]}
+    kept.add({"methods": {"ours": part}, "curves": {"ours": None}})
+    method, speculation = run_rounds(output, rounds=1)
+    assert (method.seconds, method.texts) == ([[2.5], [3.5]], [[[9]], [[8]]])
+    assert method.stats[1] == DecodingStats(rows=5, tokens=1, accepted=[5])
+    assert speculation.curves == []
+
+
+def test_rounds_of_another_run_are_refused(tmp_path: Path) -> None:
+    output = tmp_path / "record.json"
+    FinishedRounds(output, {"command": "a"}).add({})
+    with pytest.raises(UsageError, match=r"rounds of another run: command was 'a' and is 'b'; choose another --output"):
+        FinishedRounds(output, {"command": "b"})
+    with pytest.raises(UsageError, match="machine was None"):
+        FinishedRounds(output, {"command": "a", "machine": {}})
+
+
+@pytest.mark.parametrize("text", ["{", "[]", json.dumps({"identity": {}}), json.dumps({"identity": 3, "rounds": []})])
+def test_a_file_that_holds_no_rounds_is_named(text: str, tmp_path: Path) -> None:
+    output = tmp_path / "record.json"
+    (tmp_path / "record.json.rounds.json").write_text(text)
+    with pytest.raises(DataError, match=r"expected the finished rounds of a run, got .+; delete it to begin anew"):
+        FinishedRounds(output, {})
 
 
 def test_a_worker_is_stopped_while_it_is_not_its_turn() -> None:
