@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from recurrent_drafting import result_files
+from recurrent_drafting import manifest, result_files
 from recurrent_drafting.errors import DataError, UsageError, first_line
 
 
@@ -50,11 +50,9 @@ class FinishedRounds:
             raise DataError(
                 f"{path}: expected the finished rounds of a run, got {first_line(error)}; delete it to begin anew"
             ) from error
-        for name in sorted({*identity, *self._identity}):
-            was, now = identity.get(name), self._identity.get(name)
-            if was != now:
-                raise UsageError(
-                    f"{path} holds rounds of another run: {name} was {was!r} and is {now!r}; "
-                    "choose another --output, or delete it to begin anew"
-                )
+        if found := manifest.differences(identity, self._identity):
+            raise UsageError(
+                f"{path} holds rounds of another run: {'; '.join(found)}; "
+                "choose another --output, or delete it to begin anew"
+            )
         return rounds

@@ -169,10 +169,10 @@ def test_rounds_that_are_all_finished_are_taken_over_as_they_are(tmp_path: Path)
 def test_rounds_of_another_run_are_refused(tmp_path: Path) -> None:
     output = tmp_path / "record.json"
     FinishedRounds(output, {"command": "a"}).add({})
-    with pytest.raises(UsageError, match=r"rounds of another run: command was 'a' and is 'b'; choose another --output"):
+    with pytest.raises(UsageError, match=r"rounds of another run: command 'a', now 'b'; choose another --output"):
         FinishedRounds(output, {"command": "b"})
-    with pytest.raises(UsageError, match="machine was None"):
-        FinishedRounds(output, {"command": "a", "machine": {}})
+    with pytest.raises(UsageError, match=r"machine\.cores None, now 2"):
+        FinishedRounds(output, {"command": "a", "machine": {"cores": 2}})
 
 
 @pytest.mark.parametrize("text", ["{", "[]", json.dumps({"identity": {}}), json.dumps({"identity": 3, "rounds": []})])
